@@ -1,0 +1,96 @@
+"""Where the parts of a model are: frozen data that families write and methods read and thread on."""
+
+from dataclasses import dataclass
+
+Grid = tuple[int, int]
+"""(height, width) of a map of pixels or tokens."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Anatomy:
+    """What every family knows of a model.
+
+    Attributes:
+        family: name of the family that wrote this, as `rescompress families` lists it
+        input_size: (height, width) in pixels of the image that the model was described with
+    """
+
+    family: str
+    input_size: Grid
+
+    @property
+    def grid(self) -> Grid | None:
+        """The grid that the body of the network computes on; None where there is none any more."""
+        return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvAnatomy(Anatomy):
+    """A network of convolutions.
+
+    Attributes:
+        first_conv: FQN of the convolution that first touches the image
+        stem_grid: grid of the map that leaves it, after any resizing
+    """
+
+    first_conv: str
+    stem_grid: Grid
+
+    @property
+    def grid(self) -> Grid:
+        return self.stem_grid
+
+
+@dataclass(frozen=True, kw_only=True)
+class GridAttribute:
+    """An attribute in which a ViT's host keeps a copy of its grid.
+
+    Attributes:
+        name: FQN of the attribute
+        holds: "pixels_per_token" (an int), "pixels_per_token_pair", "grid", "num_tokens" or "num_tokens_and_prefix"
+        required: whether the host computes the grid from it, so that a grid that it cannot express is impossible
+    """
+
+    name: str
+    holds: str
+    required: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class ViTAnatomy(Anatomy):
+    """A plain Vision Transformer: one sequence length from the first block to the last.
+
+    Attributes:
+        patch_conv: FQN of the convolution that cuts the image into patches
+        patch_size: its kernel, (height, width) in pixels
+        pos_embed: FQN of the learned position embedding, (1, P + H * W, C) or (1, H * W, C); None if there is none
+        pos_embed_prefix_tokens: number of rows at its start that belong to prefix tokens
+        num_prefix_tokens: class, distillation and register tokens at the start of the sequence
+        blocks: FQNs of the transformer blocks, first to last
+        grids: grid of the patch tokens that enter each block, then of those that leave the last one;
+            None where merging has dissolved the grid
+        num_patch_tokens: number of patch tokens at the same places
+        pos_embed_grid: grid that the position embedding is laid out for
+        grid_attributes: attributes of the host that must follow when the grid of the patches changes
+        fixed_input: whether the host takes images of one size only
+        norm: FQN of the norm that follows the last block; None if there is none
+        mean_pooled: whether the head takes the mean over the patch tokens
+    """
+
+    patch_conv: str
+    patch_size: Grid
+    pos_embed: str | None
+    pos_embed_grid: Grid
+    pos_embed_prefix_tokens: int
+    num_prefix_tokens: int
+    blocks: tuple[str, ...]
+    grids: tuple[Grid | None, ...]
+    num_patch_tokens: tuple[int, ...]
+    grid_attributes: tuple[GridAttribute, ...] = ()
+    fixed_input: bool = True
+    norm: str | None = None
+    mean_pooled: bool = False
+
+    @property
+    def grid(self) -> Grid | None:
+        return self.grids[0]

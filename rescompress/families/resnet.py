@@ -1,0 +1,39 @@
+"""ResNets of timm and torchvision, deep stems too.
+
+He et al., "Deep Residual Learning for Image Recognition", https://arxiv.org/abs/1512.03385
+"""
+
+from typing import Any
+
+from torch import nn
+
+from rescompress import surgery
+from rescompress.anatomy import ConvAnatomy
+from rescompress.errors import UnsupportedModelError
+from rescompress.families._base import Family
+from rescompress.layers.resize import output_grid
+
+
+def describe(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ConvAnatomy:
+    """Find the first convolution by name: `conv1`, or the first one inside it when the stem is deep."""
+    stem = surgery.get(model, "conv1")
+    fqn = "conv1" if isinstance(stem, nn.Conv2d) else "conv1.0"
+    conv = surgery.get(model, fqn)
+    if not isinstance(conv, nn.Conv2d):
+        raise UnsupportedModelError(f"{fqn!r} of {type(model).__name__} is a {type(conv).__name__}, not a convolution")
+    height, width = args[0].shape[-2:]
+    return ConvAnatomy(
+        family=FAMILY.name,
+        input_size=(height, width),
+        first_conv=fqn,
+        stem_grid=output_grid(conv, height, width),
+    )
+
+
+FAMILY = Family(
+    name="resnet",
+    summary="ResNets of timm and torchvision, deep stems too",
+    methods=("stem_resize", "input_resize"),
+    hosts=("timm.models.resnet.ResNet", "torchvision.models.resnet.ResNet"),
+    describe=describe,
+)

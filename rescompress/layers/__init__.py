@@ -1,0 +1,1 @@
+"""Modules that stay inside compressed models; all of them script, trace, pickle and export."""

@@ -1,0 +1,202 @@
+"""Transformer blocks that merge tokens between attention and MLP; each adopts the children of the block it replaces.
+
+Bolya et al., "Token Merging: Your ViT But Faster", https://arxiv.org/abs/2210.09461, written from the paper.
+"""
+
+from typing import Optional, Tuple  # noqa: UP035  TorchScript reads these
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from rescompress.layers.merge import merge_tokens, pack_size, proportional_bias, unpack_size
+from rescompress.layers.wrap import Wrapped
+
+
+class MergeAttention(nn.Module):
+    """timm's self-attention that also weighs keys by token size and returns its mean key as a metric.
+
+    Shape:
+        - x: (B, N, C)
+        - size: (B, N, 1) or None
+        - Output: (B, N, C) and the metric (B, N, head_dim)
+    """
+
+    __constants__ = ["attn_dim", "head_dim", "num_heads"]
+
+    @classmethod
+    def from_attention(cls, attn: nn.Module) -> "MergeAttention":
+        """Build from `timm.layers.attention.Attention`; its children are adopted, not copied."""
+        new = cls()
+        new.num_heads, new.head_dim, new.attn_dim = attn.num_heads, attn.head_dim, attn.attn_dim
+        for name in ("qkv", "q_norm", "k_norm", "attn_drop", "norm", "gate", "proj", "proj_drop"):
+            setattr(new, name, getattr(attn, name, None))
+        return new
+
+    def forward(self, x: Tensor, size: Optional[Tensor]) -> Tuple[Tensor, Tensor]:  # noqa: UP006, UP045
+        B, N, _ = x.shape
+        gate: Optional[Tensor] = None  # noqa: UP045
+        if self.gate is not None:
+            gate = self.gate(x).sigmoid()
+        qkv = self.qkv(x).reshape(B, N, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
+        q, k, v = qkv.unbind(0)
+        q, k = self.q_norm(q), self.k_norm(k)
+        x = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=proportional_bias(size), dropout_p=self.attn_drop.p if self.training else 0.0
+        )
+        x = self.norm(x.transpose(1, 2).reshape(B, N, self.attn_dim))
+        if gate is not None:
+            x = x * gate
+        return self.proj_drop(self.proj(x)), k.mean(dim=1)
+
+
+class MergeMultiheadAttention(nn.Module):
+    """`nn.MultiheadAttention` as self-attention that weighs keys by token size and returns its mean key.
+
+    Shape:
+        - x: (B, N, C)
+        - size: (B, N, 1) or None
+        - Output: (B, N, C) and the metric (B, N, head_dim)
+    """
+
+    __constants__ = ["dropout", "head_dim", "num_heads"]
+
+    @classmethod
+    def from_attention(cls, attn: nn.MultiheadAttention) -> "MergeMultiheadAttention":
+        """Build from a batch-first self-attention; parameters are shared, not copied."""
+        new = cls()
+        new.num_heads, new.head_dim, new.dropout = attn.num_heads, attn.head_dim, float(attn.dropout)
+        new.register_parameter("in_proj_weight", attn.in_proj_weight)
+        new.register_parameter("in_proj_bias", attn.in_proj_bias)
+        new.out_proj = attn.out_proj
+        return new
+
+    def forward(self, x: Tensor, size: Optional[Tensor]) -> Tuple[Tensor, Tensor]:  # noqa: UP006, UP045
+        B, N, C = x.shape
+        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)
+        q, k, v = qkv.reshape(B, N, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
+        x = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=proportional_bias(size), dropout_p=self.dropout if self.training else 0.0
+        )
+        return self.out_proj(x.transpose(1, 2).reshape(B, N, C)), k.mean(dim=1)
+
+
+class TimmMergeBlock(nn.Module):
+    """timm's pre-norm block with merging: LayerScale, qk-norm, gates and drop-path are the old block's own.
+
+    Shape:
+        - Input: (B, P + N, C), or (B, P + N, C + 1) when sizes travel with the tokens
+        - Output: (B, P + N - r, C), or with C + 1 channels
+
+    Raises:
+        RuntimeError: in forward, when the host passes an attention mask, which has no meaning for merged tokens.
+    """
+
+    __constants__ = ["num_prefix_tokens", "r", "size_goes_out", "size_comes_in"]
+
+    @classmethod
+    def from_block(
+        cls, block: nn.Module, r: int, num_prefix_tokens: int, size_comes_in: bool, size_goes_out: bool
+    ) -> "TimmMergeBlock":
+        """Build from `timm.models.vision_transformer.Block`; its children are adopted, not copied."""
+        new = cls()
+        new.r, new.num_prefix_tokens = r, num_prefix_tokens
+        new.size_comes_in, new.size_goes_out = size_comes_in, size_goes_out
+        for name, child in block.named_children():
+            setattr(new, name, child)
+        new.attn = MergeAttention.from_attention(block.attn)  # type: ignore[arg-type]
+        return new.train(block.training)
+
+    def forward(self, x: Tensor, attn_mask: Optional[Tensor] = None, is_causal: bool = False) -> Tensor:  # noqa: UP045
+        if attn_mask is not None or is_causal:
+            raise RuntimeError("token_merge has no meaning under an attention mask; call the model without one")
+        size: Optional[Tensor] = None  # noqa: UP045
+        if self.size_comes_in:
+            x, size = unpack_size(x)
+        y, metric = self.attn(self.norm1(x), size)
+        x = x + self.drop_path1(self.ls1(y))
+        if self.r > 0:
+            x, size = merge_tokens(x, size, metric, self.r, self.num_prefix_tokens)
+        x = x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+        if self.size_goes_out and size is not None:
+            x = pack_size(x, size)
+        return x
+
+    def extra_repr(self) -> str:
+        return f"r={self.r}"
+
+
+class TorchvisionMergeBlock(nn.Module):
+    """torchvision's encoder block with merging.
+
+    Shape:
+        - Input: (B, P + N, C), or (B, P + N, C + 1) when sizes travel with the tokens
+        - Output: (B, P + N - r, C), or with C + 1 channels
+    """
+
+    __constants__ = ["num_prefix_tokens", "r", "size_goes_out", "size_comes_in"]
+
+    @classmethod
+    def from_block(
+        cls, block: nn.Module, r: int, num_prefix_tokens: int, size_comes_in: bool, size_goes_out: bool
+    ) -> "TorchvisionMergeBlock":
+        """Build from `torchvision.models.vision_transformer.EncoderBlock`; its children are adopted, not copied."""
+        new = cls()
+        new.r, new.num_prefix_tokens = r, num_prefix_tokens
+        new.size_comes_in, new.size_goes_out = size_comes_in, size_goes_out
+        for name, child in block.named_children():
+            setattr(new, name, child)
+        new.self_attention = MergeMultiheadAttention.from_attention(block.self_attention)  # type: ignore[arg-type]
+        return new.train(block.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        size: Optional[Tensor] = None  # noqa: UP045
+        if self.size_comes_in:
+            x, size = unpack_size(x)
+        y, metric = self.self_attention(self.ln_1(x), size)
+        x = x + self.dropout(y)
+        if self.r > 0:
+            x, size = merge_tokens(x, size, metric, self.r, self.num_prefix_tokens)
+        x = x + self.mlp(self.ln_2(x))
+        if self.size_goes_out and size is not None:
+            x = pack_size(x, size)
+        return x
+
+    def extra_repr(self) -> str:
+        return f"r={self.r}"
+
+
+class MeanOfMerged(Wrapped):
+    """The norm behind the last block, for heads that average: weighs each patch token by the patches it stands for.
+
+    The plain mean that the head takes over its output is then the mean over all original patches.
+
+    Shape:
+        - Input: (B, P + N, C + 1), sizes in the last channel
+        - Output: (B, P + N, C)
+    """
+
+    __constants__ = ["num_prefix_tokens"]
+
+    def __init__(self, inner: nn.Module, num_prefix_tokens: int) -> None:
+        super().__init__(inner)
+        self.num_prefix_tokens = num_prefix_tokens
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, size = unpack_size(x)
+        x = self.inner(x)
+        patches = size[:, self.num_prefix_tokens :]
+        weight = patches / patches.mean(dim=1, keepdim=True)
+        return torch.cat([x[:, : self.num_prefix_tokens], x[:, self.num_prefix_tokens :] * weight], dim=1)
+
+
+MergeBlock = TimmMergeBlock | TorchvisionMergeBlock
+
+MERGE_BLOCKS: dict[str, type[TimmMergeBlock] | type[TorchvisionMergeBlock]] = {
+    "timm.models.vision_transformer.Block": TimmMergeBlock,
+    "torchvision.models.vision_transformer.EncoderBlock": TorchvisionMergeBlock,
+}
+"""Block classes that can be adopted, by dotted name of the class itself: a subclass may compute something else."""
+
+ATTENTIONS = ("timm.layers.attention.Attention", "torch.nn.modules.activation.MultiheadAttention")
+"""Attention classes that the blocks above know how to adopt."""

@@ -1,0 +1,117 @@
+"""Resample a patch embedding to another patch size, and a learned position embedding to another grid.
+
+Beyer et al., "FlexiViT: One Model for All Patch Sizes", https://arxiv.org/abs/2212.08013
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from rescompress.layers.resize import ResizedConv2d
+
+Grid = tuple[int, int]
+
+
+def resample_patch_kernel(kernel: Tensor, patch_size: Grid) -> Tensor:
+    """Resize a patch-embedding kernel by the pseudo-inverse of bicubic image resizing (PI-resize).
+
+    A larger kernel gives on the enlarged patch what the old one gave on the patch. A kernel that this function made
+    larger is made smaller again without loss; any other is made smaller in the least-squares sense of the paper.
+
+    Shape:
+        - Input: (C_out, C_in, P, Q)
+        - Output: (C_out, C_in, *patch_size)
+    """
+    old = (kernel.shape[-2], kernel.shape[-1])
+    if old == patch_size or kernel.is_meta:
+        return kernel if old == patch_size else kernel.new_empty(*kernel.shape[:2], *patch_size)
+    with torch.no_grad():
+        weight = kernel.double()
+        if patch_size[0] <= old[0] and patch_size[1] <= old[1]:
+            up_h, up_w = _resize_matrix(patch_size[0], old[0], weight), _resize_matrix(patch_size[1], old[1], weight)
+            small = up_h.T @ weight @ up_w
+            remade = torch.linalg.pinv(up_h).T @ small @ torch.linalg.pinv(up_w)
+            if (remade - weight).abs().max() <= 1e-4 * weight.abs().max():
+                return small.to(kernel.dtype)
+        # The resize is separable, so its pseudo-inverse is that of the rows times that of the columns.
+        rows = torch.linalg.pinv(_resize_matrix(old[0], patch_size[0], weight))
+        columns = torch.linalg.pinv(_resize_matrix(old[1], patch_size[1], weight))
+        return (rows.T @ weight @ columns).to(kernel.dtype)
+
+
+def _resize_matrix(old: int, new: int, like: Tensor) -> Tensor:
+    """Return the (new, old) matrix of antialiased bicubic resizing along one side."""
+    basis = torch.eye(old, dtype=torch.float64, device=like.device).reshape(old, 1, old, 1)
+    resized = F.interpolate(basis, size=(new, 1), mode="bicubic", align_corners=False, antialias=True)
+    return resized.reshape(old, new).T
+
+
+def resample_pos_embed(pos_embed: Tensor, old: Grid, new: Grid, num_prefix_tokens: int) -> Tensor:
+    """Resize a learned position embedding by antialiased bicubic interpolation; prefix rows are kept.
+
+    Shape:
+        - Input: (1, P + H * W, C) with (H, W) = `old`
+        - Output: (1, P + H' * W', C) with (H', W') = `new`
+    """
+    if old == new:
+        return pos_embed
+    with torch.no_grad():
+        prefix, grid = pos_embed[:, :num_prefix_tokens], pos_embed[:, num_prefix_tokens:]
+        # float32: half precision has no antialiased kernel on every device
+        planes = grid.float().reshape(1, old[0], old[1], -1).permute(0, 3, 1, 2)
+        planes = F.interpolate(planes, size=new, mode="bicubic", align_corners=False, antialias=True)
+        grid = planes.permute(0, 2, 3, 1).reshape(1, new[0] * new[1], -1).to(pos_embed.dtype)
+        return torch.cat([prefix, grid], dim=1)
+
+
+class PatchConv2d(ResizedConv2d):
+    """A patch embedding of another patch size that also loads checkpoints of the old one.
+
+    Shape:
+        - Input: (B, in_channels, H, W)
+        - Output: (B, out_channels, H // P, W // Q)
+    """
+
+    @classmethod
+    def from_patch_conv(cls, conv: nn.Conv2d, patch_size: Grid) -> "PatchConv2d":
+        """Build from a patch embedding with its kernel resampled; the bias and any resizing are shared."""
+        new = cls.from_conv(conv, before=getattr(conv, "before", None), after=getattr(conv, "after", None))
+        if not isinstance(new, cls):  # from_conv is a constructor of cls; this tells the type checker
+            raise TypeError(f"{type(new).__name__} is no {cls.__name__}")
+        new.kernel_size = new.stride = patch_size
+        kernel = resample_patch_kernel(conv.weight.detach(), patch_size)
+        new.weight = nn.Parameter(kernel, requires_grad=conv.weight.requires_grad)
+        return new
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        kernel = state_dict.get(prefix + "weight")
+        if isinstance(kernel, Tensor) and kernel.ndim == 4 and kernel.shape[:2] == self.weight.shape[:2]:
+            state_dict[prefix + "weight"] = resample_patch_kernel(kernel, (self.weight.shape[2], self.weight.shape[3]))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class PosEmbedLoader:
+    """State-dict hook: lets a resampled position embedding load checkpoints of the grid from before.
+
+    Register with `owner.register_load_state_dict_pre_hook`. A checkpoint with as many rows as the old grid is taken
+    to have that grid; any other is taken to be square, as position embeddings usually are.
+    """
+
+    def __init__(self, name: str, old: Grid, new: Grid, num_prefix_tokens: int) -> None:
+        self.name = name
+        self.old = old
+        self.new = new
+        self.num_prefix_tokens = num_prefix_tokens
+
+    def __call__(self, module: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Resample `state_dict[prefix + name]` in the dict if its number of rows is not the module's."""
+        loaded = state_dict.get(prefix + self.name)
+        if not isinstance(loaded, Tensor) or loaded.shape == getattr(module, self.name).shape:
+            return
+        rows = loaded.shape[1] - self.num_prefix_tokens
+        side = round(rows**0.5)
+        grid = self.old if rows == self.old[0] * self.old[1] else (side, side)
+        if grid[0] * grid[1] == rows:
+            state_dict[prefix + self.name] = resample_pos_embed(loaded, grid, self.new, self.num_prefix_tokens)

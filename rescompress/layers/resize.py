@@ -1,0 +1,171 @@
+"""Resize a map by a scale or to a size, and a convolution that resizes what enters or leaves it.
+
+Morlier et al., "Input Resolution Downsizing as a Compression Technique", https://arxiv.org/abs/2504.03749
+"""
+
+import math
+from typing import List, Optional, Tuple  # noqa: UP035  TorchScript reads these
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+MODES = ("nearest", "bilinear", "bicubic", "area")
+"""Interpolations; all of them are linear in the map."""
+
+
+class Resize2d(nn.Module):
+    """Resize a map by `scale`, or to `size`.
+
+    With a scale, the output side is floor(side * scale), at least 1, and output pixel j is sampled at
+    (j + 0.5) / scale - 0.5 of the input (at floor(j / scale) for nearest): the pattern repeats for any input side,
+    which is what makes the exact fold into a convolution possible. At scale 1 the map passes through untouched.
+
+    Shape:
+        - Input: (B, C, H, W)
+        - Output: (B, C, floor(H * scale), floor(W * scale)) or (B, C, *size)
+    """
+
+    __constants__ = ["antialias", "mode", "scale", "size"]
+
+    def __init__(
+        self,
+        scale: Optional[Tuple[float, float]] = None,  # noqa: UP006, UP045
+        size: Optional[Tuple[int, int]] = None,  # noqa: UP006, UP045
+        mode: str = "bilinear",
+        antialias: bool = False,
+    ) -> None:
+        super().__init__()
+        if (scale is None) == (size is None):
+            raise ValueError("Resize2d takes either a scale or a size")
+        self.scale = scale
+        self.size = size
+        self.mode = mode
+        self.antialias = antialias
+
+    def target(self, height: int, width: int) -> Tuple[int, int]:  # noqa: UP006
+        """Return the (height, width) that a map of this (height, width) is resized to."""
+        size = self.size
+        if size is not None:
+            return size[0], size[1]
+        scale = self.scale
+        if scale is not None:
+            return max(1, int(math.floor(height * scale[0]))), max(1, int(math.floor(width * scale[1])))
+        return height, width
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = self.scale
+        size = self.size
+        if size is not None:
+            if x.shape[2] == size[0] and x.shape[3] == size[1]:
+                return x
+            sides: Optional[List[int]] = [size[0], size[1]]  # noqa: UP006, UP045
+            return _interpolate(x, sides, None, self.mode, self.antialias)
+        if scale is None or (scale[0] == 1.0 and scale[1] == 1.0):
+            return x
+        if x.shape[2] * scale[0] < 1 or x.shape[3] * scale[1] < 1:
+            height, width = self.target(x.shape[2], x.shape[3])
+            return _interpolate(x, [height, width], None, self.mode, self.antialias)
+        return _interpolate(x, None, [scale[0], scale[1]], self.mode, self.antialias)
+
+    def extra_repr(self) -> str:
+        what = f"scale={self.scale}" if self.size is None else f"size={self.size}"
+        return f"{what}, mode={self.mode!r}, antialias={self.antialias}"
+
+
+def _interpolate(
+    x: Tensor,
+    size: Optional[List[int]],  # noqa: UP006, UP045
+    scale: Optional[List[float]],  # noqa: UP006, UP045
+    mode: str,
+    antialias: bool,
+) -> Tensor:
+    # align_corners may only be given for the modes that know it.
+    if mode == "bilinear" or mode == "bicubic":
+        return F.interpolate(x, size=size, scale_factor=scale, mode=mode, align_corners=False, antialias=antialias)
+    return F.interpolate(x, size=size, scale_factor=scale, mode=mode)
+
+
+class ResizedConv2d(nn.Conv2d):
+    """A convolution with its old parameters, the image resized before it and the map after it.
+
+    Shape:
+        - Input: (B, in_channels, H, W)
+        - Output: (B, out_channels, H', W'), the convolution's output grid resized by `after`
+
+    Attributes:
+        before: resizes what enters; `nn.Identity` if nothing is to be done
+        after: resizes what leaves; `nn.Identity` if nothing is to be done
+        same_padding: pad at run time as TensorFlow's SAME does, so that the output side is ceil(side / stride)
+    """
+
+    __constants__ = ["same_padding"]
+
+    before: nn.Module
+    after: nn.Module
+    same_padding: bool
+
+    @classmethod
+    def from_conv(
+        cls,
+        conv: nn.Conv2d,
+        before: nn.Module | None = None,
+        after: nn.Module | None = None,
+        same_padding: bool = False,
+    ) -> "ResizedConv2d":
+        """Build from a plain convolution; parameters are shared, not copied."""
+        new = cls(
+            conv.in_channels,
+            conv.out_channels,
+            conv.kernel_size,  # type: ignore[arg-type]
+            stride=conv.stride,  # type: ignore[arg-type]
+            padding=conv.padding,  # type: ignore[arg-type]
+            dilation=conv.dilation,  # type: ignore[arg-type]
+            groups=conv.groups,
+            bias=conv.bias is not None,
+            padding_mode=conv.padding_mode,
+            device="meta",  # the parameters are replaced at once: allocate nothing
+        )
+        new._parameters["weight"] = conv._parameters["weight"]
+        new._parameters["bias"] = conv._parameters["bias"]
+        new.before = nn.Identity() if before is None else before
+        new.after = nn.Identity() if after is None else after
+        new.same_padding = same_padding
+        new.train(conv.training)
+        return new
+
+    def conv(self, x: Tensor) -> Tensor:
+        """Run the convolution alone."""
+        if self.same_padding:
+            x = pad_same(x, self.kernel_size, self.stride, self.dilation)
+        return self._conv_forward(x, self.weight, self.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.after(self.conv(self.before(x)))
+
+
+def pad_same(x: Tensor, kernel: Tuple[int, int], stride: Tuple[int, int], dilation: Tuple[int, int]) -> Tensor:  # noqa: UP006
+    """Zero-pad as TensorFlow's SAME does: ceil(side / stride) outputs, the odd pixel at the end."""
+    height = max((math.ceil(x.shape[2] / stride[0]) - 1) * stride[0] + (kernel[0] - 1) * dilation[0] + 1 - x.shape[2], 0)
+    width = max((math.ceil(x.shape[3] / stride[1]) - 1) * stride[1] + (kernel[1] - 1) * dilation[1] + 1 - x.shape[3], 0)
+    if height > 0 or width > 0:
+        x = F.pad(x, [width // 2, width - width // 2, height // 2, height - height // 2])
+    return x
+
+
+def is_same_padded(conv: nn.Module) -> bool:
+    """Whether `conv` is timm's Conv2dSame, matched by name so that timm stays optional."""
+    return [f"{kind.__module__}.{kind.__qualname__}" for kind in type(conv).__mro__][:1] == [
+        "timm.layers.conv2d_same.Conv2dSame"
+    ]
+
+
+def output_grid(conv: nn.Conv2d, height: int, width: int) -> Tuple[int, int]:  # noqa: UP006
+    """Return the grid that `conv` alone makes of a (height, width) image; runs nothing but shapes."""
+    with torch.no_grad():
+        x = torch.empty(1, conv.in_channels, height, width, device="meta", dtype=conv.weight.dtype)
+        weight = conv.weight.detach().to("meta")
+        if is_same_padded(conv) or getattr(conv, "same_padding", False):
+            x = pad_same(x, conv.kernel_size, conv.stride, conv.dilation)  # type: ignore[arg-type]
+        shape = conv._conv_forward(x, weight, None).shape
+    return int(shape[2]), int(shape[3])

@@ -1,0 +1,1 @@
+"""Methods: one file per kind of reduction, named after its tag."""

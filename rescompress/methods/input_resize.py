@@ -1,0 +1,125 @@
+"""Resize the image inside the model: the baseline that every other method must be compared with.
+
+Tan and Le, "EfficientNet", https://arxiv.org/abs/1905.11946 (resolution as one of the dimensions of cost)
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import nn
+
+from rescompress import surgery
+from rescompress.anatomy import Anatomy, ConvAnatomy, Grid, ViTAnatomy
+from rescompress.errors import SpecError, UnsupportedModelError
+from rescompress.layers.resize import MODES, Resize2d, output_grid
+from rescompress.methods._grid import can_express, set_grid
+from rescompress.methods._resizing import check_resize_options, put_resize, warn_if_not_reached
+from rescompress.spec import Stage, Step
+
+
+@dataclass(frozen=True, kw_only=True)
+class InputResize(Step):
+    """Shrink the image in front of the first convolution; a ViT's position embedding is resampled to the new grid.
+
+    The caller goes on giving images of the old size.
+
+    Attributes:
+        scale: side of the resized image over that of the given one, in (0, 1]
+        size: instead of a scale, the side of the resized image in pixels, an int or a (height, width)
+        mode: "bilinear", "nearest", "bicubic" or "area"
+        antialias: low-pass filter before bilinear or bicubic sampling, as image loaders do; None means wherever the
+            mode has one
+
+    Raises:
+        SpecError: neither or both of scale and size, or a value out of range.
+    """
+
+    kind: ClassVar[str] = "input_resize"
+    stage: ClassVar[Stage] = Stage.RESOLUTION
+
+    scale: float | None = None
+    size: int | tuple[int, int] | None = None
+    mode: str = "bilinear"
+    antialias: bool | None = None
+
+    def __post_init__(self) -> None:
+        check_resize_options(self, MODES)
+
+    def identity(self) -> "InputResize":
+        """Return the step that inserts a resize which leaves every image as it is."""
+        return InputResize(scale=1.0, mode=self.mode, antialias=self.antialias)
+
+    def _resize(self, scale: tuple[float, float] | None, size: Grid | None) -> Resize2d:
+        antialias = self.mode in ("bilinear", "bicubic") if self.antialias is None else self.antialias
+        return Resize2d(scale, size, self.mode, antialias)
+
+    def apply(self, model: nn.Module, anatomy: Anatomy) -> Anatomy:
+        """Put the resize in front of the first convolution."""
+        if isinstance(anatomy, ConvAnatomy):
+            return self._apply_conv(model, anatomy)
+        if isinstance(anatomy, ViTAnatomy):
+            return self._apply_vit(model, anatomy)
+        raise UnsupportedModelError(f"input_resize does not know how to resize a {anatomy.family}")
+
+    def _apply_conv(self, model: nn.Module, anatomy: ConvAnatomy) -> Anatomy:
+        scale = None if self.scale is None else (float(self.scale), float(self.scale))
+        resize = self._resize(scale, self.size)  # type: ignore[arg-type]  # check_resize_options made it a pair
+        image = resize.target(*anatomy.input_size)
+        self._refuse_larger(anatomy.input_size, image)
+        warn_if_not_reached(self.kind, self.scale, anatomy.input_size, image)
+        conv = surgery.get(model, anatomy.first_conv)
+        if not isinstance(conv, nn.Conv2d):
+            raise UnsupportedModelError(f"{anatomy.first_conv!r} is a {type(conv).__name__}, not a convolution")
+        grid = output_grid(conv, *image)
+        put_resize(model, anatomy.first_conv, self.kind, before=resize)
+        return dataclasses.replace(anatomy, stem_grid=grid)
+
+    def _apply_vit(self, model: nn.Module, anatomy: ViTAnatomy) -> Anatomy:
+        if anatomy.grid is None or len(set(anatomy.grids)) > 1:
+            raise SpecError("input_resize must come before steps that change the tokens")
+        grid = self._target_grid(anatomy)
+        image = (grid[0] * anatomy.patch_size[0], grid[1] * anatomy.patch_size[1])
+        self._refuse_larger(anatomy.input_size, image)
+        if self.scale == 1.0:
+            resize = self._resize((1.0, 1.0), None)
+            grid = anatomy.grid
+        else:
+            warn_if_not_reached(self.kind, self.scale, anatomy.input_size, image)
+            if anatomy.fixed_input:
+                resize = self._resize(None, image)
+            else:
+                scale = (image[0] / anatomy.input_size[0], image[1] / anatomy.input_size[1])
+                resize = self._resize(scale, None)
+        put_resize(model, anatomy.patch_conv, self.kind, before=resize)
+        return set_grid(model, anatomy, grid, anatomy.patch_size)
+
+    def _target_grid(self, anatomy: ViTAnatomy) -> Grid:
+        """Return the grid of whole patches nearest to what was asked for, the smaller one of two as near."""
+        grid = []
+        for axis, side in enumerate(anatomy.input_size):
+            patch = anatomy.patch_size[axis]
+            wanted = side * self.scale if self.scale is not None else self.size[axis]  # type: ignore[index]
+            if self.size is not None and wanted % patch:
+                below = int(wanted) // patch * patch
+                raise SpecError(
+                    f"input_resize.size={self.size} is no multiple of the {patch} px patches; "
+                    f"nearest: {below or patch} or {below + patch}"
+                )
+            choices = [
+                g
+                for g in range(1, max(1, side // patch) + 1)
+                if self.size is not None or can_express(anatomy, (g, g) if _is_square(anatomy) else anatomy.grids[0])
+            ]
+            grid.append(min(choices or [1], key=lambda g: (abs(g * patch - wanted), g)))
+        return (grid[0], grid[1])
+
+    def _refuse_larger(self, before: Grid, after: Grid) -> None:
+        if after[0] > before[0] or after[1] > before[1]:
+            raise SpecError(
+                f"input_resize.size={after} is larger than the {before[0]} x {before[1]} image; a resize may not add cost"
+            )
+
+
+def _is_square(anatomy: ViTAnatomy) -> bool:
+    return anatomy.input_size[0] == anatomy.input_size[1]

@@ -1,0 +1,116 @@
+"""Cut a ViT's image into larger (or smaller) patches by pseudo-inverse resizing of the patch embedding.
+
+Beyer et al., "FlexiViT: One Model for All Patch Sizes", https://arxiv.org/abs/2212.08013
+"""
+
+import warnings
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import nn
+
+from rescompress import surgery
+from rescompress.anatomy import Anatomy, Grid, ViTAnatomy
+from rescompress.errors import RescompressWarning, SpecError, UnsupportedModelError
+from rescompress.layers.resample import PatchConv2d
+from rescompress.methods._grid import can_express, set_grid
+from rescompress.methods._resizing import warn_if_not_reached
+from rescompress.spec import Stage, Step, as_pair, check_scale
+
+
+@dataclass(frozen=True, kw_only=True)
+class PatchResize(Step):
+    """Make fewer tokens of the same image: cost of the blocks falls with the square of the scale, or faster.
+
+    The position embedding is resampled to the new grid; class, distillation and register tokens are kept.
+
+    Attributes:
+        scale: side of the new token grid over that of the old one, in (0, 1]
+        patch_size: instead of a scale, the new patch in pixels, an int or a (height, width); smaller is allowed
+
+    Raises:
+        SpecError: neither or both of scale and patch_size, or a value out of range.
+    """
+
+    kind: ClassVar[str] = "patch_resize"
+    stage: ClassVar[Stage] = Stage.RESOLUTION
+
+    scale: float | None = None
+    patch_size: int | tuple[int, int] | None = None
+
+    def __post_init__(self) -> None:
+        if (self.scale is None) == (self.patch_size is None):
+            raise SpecError(
+                f"patch_resize takes either a scale or a patch_size, got scale={self.scale!r} and "
+                f"patch_size={self.patch_size!r}"
+            )
+        if self.scale is not None:
+            check_scale("patch_resize.scale", self.scale)
+        else:
+            object.__setattr__(self, "patch_size", as_pair("patch_resize.patch_size", self.patch_size))
+
+    def identity(self) -> "PatchResize":
+        """Return the step that puts in the same kernel and the same position embedding."""
+        return PatchResize(scale=1.0)
+
+    def apply(self, model: nn.Module, anatomy: Anatomy) -> Anatomy:
+        """Resample the patch embedding and the position embedding."""
+        if not isinstance(anatomy, ViTAnatomy):
+            raise UnsupportedModelError(
+                f"patch_resize needs a Vision Transformer, and {type(model).__name__} is a {anatomy.family} network: "
+                "use stem_resize or input_resize"
+            )
+        if anatomy.grid is None or len(set(anatomy.grids)) > 1:
+            raise SpecError("patch_resize must come before steps that change the tokens")
+        conv = surgery.get(model, anatomy.patch_conv)
+        if not isinstance(conv, nn.Conv2d) or tuple(conv.kernel_size) != tuple(conv.stride):
+            raise UnsupportedModelError(f"{anatomy.patch_conv!r} is no convolution whose stride is its kernel")
+        image = self._image_size(anatomy)
+        patch_size = self._target_patch(anatomy, image)
+        grid = (image[0] // patch_size[0], image[1] // patch_size[1])
+        if min(grid) < 1:
+            raise SpecError(f"patch_resize.patch_size={patch_size} is larger than the {image[0]} x {image[1]} image")
+        warn_if_not_reached(self.kind, self.scale, anatomy.grid, grid)
+        if image[0] % patch_size[0] or image[1] % patch_size[1]:
+            warnings.warn(
+                f"patches of {patch_size[0]} x {patch_size[1]} px do not fill the {image[0]} x {image[1]} image: "
+                f"{image[0] % patch_size[0]} rows and {image[1] % patch_size[1]} columns at its end are not read",
+                RescompressWarning,
+                stacklevel=4,
+            )
+        surgery.swap(model, anatomy.patch_conv, PatchConv2d.from_patch_conv(conv, patch_size))
+        return set_grid(model, anatomy, grid, patch_size)
+
+    def _image_size(self, anatomy: ViTAnatomy) -> Grid:
+        """Return the size of the image that reaches the patches: an earlier input_resize may have changed it."""
+        grid = anatomy.grids[0] or (1, 1)
+        resized = (grid[0] * anatomy.patch_size[0], grid[1] * anatomy.patch_size[1])
+        full = anatomy.input_size
+        same_grid = (full[0] // anatomy.patch_size[0], full[1] // anatomy.patch_size[1]) == grid
+        return full if same_grid else resized
+
+    def _target_patch(self, anatomy: ViTAnatomy, image: Grid) -> Grid:
+        if self.patch_size is not None:
+            return as_pair("patch_resize.patch_size", self.patch_size)
+        if self.scale == 1.0:
+            return anatomy.patch_size
+        grid = anatomy.grids[0] or (1, 1)
+        sides = []
+        for axis in (0, 1):
+            # Nearest grid first, then the smaller one, then the patch that leaves the least of the image unread.
+            candidates = [
+                p
+                for p in range(anatomy.patch_size[axis], image[axis] + 1)
+                if image[0] != image[1] or can_express(anatomy, (image[axis] // p, image[axis] // p))
+            ]
+            sides.append(
+                min(
+                    candidates,
+                    key=lambda p, axis=axis: (  # type: ignore[misc]
+                        round(abs(image[axis] // p / grid[axis] - self.scale), 9),  # type: ignore[operator]
+                        image[axis] // p,
+                        image[axis] % p,
+                    ),
+                )
+            )
+        return (sides[0], sides[1])

@@ -1,0 +1,105 @@
+"""Get, swap and insert modules by fully qualified name (FQN): the only code that touches foreign modules."""
+
+import copy
+from collections import OrderedDict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rescompress.errors import UnsupportedModelError
+
+
+def get(model: nn.Module, fqn: str) -> nn.Module:
+    """Return the submodule called `fqn`; the empty name is the model itself.
+
+    Raises:
+        UnsupportedModelError: there is none.
+    """
+    try:
+        return model.get_submodule(fqn)
+    except AttributeError as error:
+        raise UnsupportedModelError(f"{type(model).__name__} has no module {fqn!r}") from error
+
+
+def split(fqn: str) -> tuple[str, str]:
+    """Split an FQN into its parent's FQN and its own name."""
+    parent, _, name = fqn.rpartition(".")
+    return parent, name
+
+
+def swap(model: nn.Module, fqn: str, new: nn.Module) -> None:
+    """Put `new` where the module `fqn` is, at every place where that same object is registered."""
+    old = get(model, fqn)
+    if old is model:
+        raise UnsupportedModelError("the model itself cannot be swapped, only its parts")
+    new.train(old.training)
+    for module in list(model.modules()):
+        for name, child in module._modules.items():
+            if child is old:
+                module._modules[name] = new
+
+
+def insert_after(model: nn.Module, fqn: str, name: str, new: nn.Module) -> None:
+    """Insert `new` under the new name `name` right after `fqn` in its `nn.Sequential`; the siblings keep their names.
+
+    Raises:
+        UnsupportedModelError: the parent is not an `nn.Sequential`, so that the host would not call `new`.
+    """
+    parent_fqn, child_name = split(fqn)
+    parent = get(model, parent_fqn)
+    if not isinstance(parent, nn.Sequential):
+        raise UnsupportedModelError(f"{parent_fqn!r} is a {type(parent).__name__}, not an nn.Sequential")
+    new.train(get(model, fqn).training)
+    children: OrderedDict[str, nn.Module | None] = OrderedDict()
+    for key, child in parent._modules.items():
+        children[key] = child
+        if key == child_name:
+            children[name] = new
+    parent._modules.clear()  # in place: the dict itself may be shared with views of the container
+    parent._modules.update(children)
+
+
+def get_parameter(model: nn.Module, fqn: str) -> Tensor:
+    """Return the parameter or buffer called `fqn`."""
+    owner, name = split(fqn)
+    tensor = getattr(get(model, owner), name)
+    if not isinstance(tensor, Tensor):
+        raise UnsupportedModelError(f"{fqn!r} of {type(model).__name__} is no tensor")
+    return tensor
+
+
+def set_parameter(model: nn.Module, fqn: str, value: Tensor) -> None:
+    """Replace the parameter or buffer `fqn` by one that holds `value` and keeps its requires_grad."""
+    owner_fqn, name = split(fqn)
+    owner = get(model, owner_fqn)
+    if name in owner._parameters:
+        old = owner._parameters[name]
+        owner._parameters[name] = nn.Parameter(value, requires_grad=old is not None and old.requires_grad)
+    else:
+        owner._buffers[name] = value
+
+
+def clone_shared(model: nn.Module, device: torch.device | str | None = None) -> nn.Module:
+    """Copy the tree of modules but share its parameters and buffers, or put empty ones on `device` ("meta").
+
+    Cheap: surgery can be tried on the clone, and its forward runs with the same weights. Surgery replaces
+    parameters and never writes into them, so the original stays untouched.
+    """
+    memo: dict[int, Any] = {}
+    for parameter in model.parameters():
+        memo[id(parameter)] = (
+            parameter
+            if device is None
+            else nn.Parameter(parameter.detach().to(device), requires_grad=parameter.requires_grad)
+        )
+    for buffer in model.buffers():
+        memo[id(buffer)] = buffer if device is None else buffer.detach().to(device)
+    return copy.deepcopy(model, memo)
+
+
+def fingerprint(model: nn.Module) -> dict[str, int]:
+    """Return the identity of every module and parameter by name: two are equal when no surgery happened between."""
+    found = {name: id(module) for name, module in model.named_modules(remove_duplicate=False)}
+    found |= {f"{name}:": id(parameter) for name, parameter in model.named_parameters(remove_duplicate=False)}
+    return found
