@@ -61,6 +61,7 @@ class ViTAnatomy(Anatomy):
     """A plain Vision Transformer: one sequence length from the first block to the last.
 
     Attributes:
+        image_size: (height, width) of the image that reaches the patches: input_size until it is resized
         patch_conv: FQN of the convolution that cuts the image into patches
         patch_size: its kernel, (height, width) in pixels
         pos_embed: FQN of the learned position embedding, (1, P + H * W, C) or (1, H * W, C); None if there is none
@@ -77,6 +78,7 @@ class ViTAnatomy(Anatomy):
         mean_pooled: whether the head takes the mean over the patch tokens
     """
 
+    image_size: Grid
     patch_conv: str
     patch_size: Grid
     pos_embed: str | None

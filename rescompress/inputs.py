@@ -1,48 +1,106 @@
-"""Example inputs: what a model takes by its own config, and the forms in which a user may give them.
-
-The convention is torch.export's: a tuple of positional arguments; a single tensor stands for a tuple of one.
-"""
+"""Example inputs: what a user gives, what a model takes by its own config, and another batch size of either."""
 
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from rescompress.errors import InputError
 
+Args = tuple[tuple[Any, ...], dict[str, Any]]
+"""Positional and keyword arguments of one call."""
 
-def as_args(example_input: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return (args, kwargs) from a tensor, a tuple or list of arguments, a mapping of keyword arguments, or both.
+
+def as_args(example_input: Any) -> Args:
+    """Return the positional and keyword arguments that an example input stands for.
+
+    A tensor is the only argument. A tuple holds the positional arguments, as for `torch.export.export`. A pair of a
+    tuple and a dict with names as keys is (args, kwargs). A dict with names as keys holds keyword arguments.
 
     Raises:
-        InputError: none of these.
+        InputError: it is none of these.
     """
     if isinstance(example_input, Tensor):
         return (example_input,), {}
-    if isinstance(example_input, Mapping):
-        return (), dict(example_input)
-    if isinstance(example_input, list | tuple):
-        if len(example_input) == 2 and isinstance(example_input[0], tuple) and isinstance(example_input[1], Mapping):
+    if isinstance(example_input, tuple):
+        if len(example_input) == 2 and isinstance(example_input[0], tuple) and _is_kwargs(example_input[1]):
             return example_input[0], dict(example_input[1])
         return tuple(example_input), {}
+    if _is_kwargs(example_input):
+        return (), dict(example_input)
     raise InputError(
-        f"example_input must be a tensor, a tuple of arguments or a dict of keyword arguments, got "
-        f"{type(example_input).__name__}"
+        f"an example input is a tensor, a tuple of arguments, a dict of keyword arguments or a pair (args, kwargs), "
+        f"got {type(example_input).__name__}; wrap a single argument as (argument,)"
     )
 
 
-def with_batch(example: Any, batch_size: int) -> Any:
-    """Repeat or cut every tensor of a nested example along its first dimension to `batch_size`."""
+def _is_kwargs(value: Any) -> bool:
+    return isinstance(value, Mapping) and all(isinstance(key, str) for key in value)
 
-    def resize(leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor) or leaf.ndim == 0 or leaf.shape[0] == 0:
+
+def tensors_of(args: Any) -> list[Tensor]:
+    """Return all tensors in `args`, nested ones included, in order."""
+    return [leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
+
+
+def batch_size_of(args: Any) -> int:
+    """Return the size of the first dimension of the first tensor that has one.
+
+    Raises:
+        InputError: no tensor has a dimension.
+    """
+    for tensor in tensors_of(args):
+        if tensor.ndim > 0:
+            return int(tensor.shape[0])
+    raise InputError("the example input has no tensor with a batch dimension")
+
+
+def with_batch(args: Any, n: int) -> Any:
+    """Return `args` with batch size `n`: samples are repeated in turn, or left out from the end.
+
+    Every tensor whose first dimension has the batch size (that of the first tensor) is resized, others are kept.
+    `args` is any nest of tuples and dicts, such as what `as_args` returns. With the batch size that it has already,
+    `args` is returned as it is.
+
+    Shape:
+        - Input: tensors (B, ...)
+        - Output: tensors (n, ...); sample i is sample i % B of the input; the memory format is kept
+
+    Raises:
+        InputError: `n` is under 1, there is no batch dimension, or tensors lie in a list, whose length would be the
+            batch size.
+    """
+    if n < 1:
+        raise InputError(f"a batch size must be at least 1, got {n}")
+    batch = batch_size_of(args)
+    if _has_list_of_tensors(args):
+        raise InputError("the batch size of an example input with a list of tensors cannot be changed; give tensors")
+    if n == batch:
+        return args
+    if batch == 0:
+        raise InputError(f"an empty example input (batch size 0) cannot be repeated to batch size {n}")
+
+    def resized(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor) or leaf.ndim == 0 or leaf.shape[0] != batch:
             return leaf
-        repeats = -(-batch_size // leaf.shape[0])
-        return leaf.repeat(repeats, *[1] * (leaf.ndim - 1))[:batch_size]
+        picked = leaf.index_select(0, torch.arange(n, device=leaf.device) % batch)
+        if leaf.ndim == 4 and not leaf.is_contiguous() and leaf.is_contiguous(memory_format=torch.channels_last):
+            return picked.contiguous(memory_format=torch.channels_last)
+        return picked
 
-    return tree_map(resize, example)
+    return tree_map(resized, args)
+
+
+def _has_list_of_tensors(value: Any) -> bool:
+    if isinstance(value, list):
+        return bool(tensors_of(value))
+    if isinstance(value, tuple):
+        return any(_has_list_of_tensors(item) for item in value)
+    if isinstance(value, Mapping):
+        return any(_has_list_of_tensors(item) for item in value.values())
+    return False
 
 
 def default_input(model: nn.Module) -> Tensor:

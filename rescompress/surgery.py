@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rescompress.anatomy import Grid
 from rescompress.errors import UnsupportedModelError
+from rescompress.layers.resize import ResizedConv2d
 
 
 def get(model: nn.Module, fqn: str) -> nn.Module:
@@ -96,6 +98,16 @@ def clone_shared(model: nn.Module, device: torch.device | str | None = None) -> 
     for buffer in model.buffers():
         memo[id(buffer)] = buffer if device is None else buffer.detach().to(device)
     return copy.deepcopy(model, memo)
+
+
+def output_grid(conv: nn.Module, grid: Grid) -> Grid:
+    """Return the grid of the map that a convolution alone, without any resizing, makes of a `grid` of pixels."""
+    clone = clone_shared(conv, "meta")
+    dtype = next(clone.parameters()).dtype
+    with torch.no_grad():
+        image = torch.empty(1, conv.in_channels, *grid, device="meta", dtype=dtype)
+        shape = (clone.conv(image) if isinstance(clone, ResizedConv2d) else clone(image)).shape
+    return (int(shape[-2]), int(shape[-1]))
 
 
 def fingerprint(model: nn.Module) -> dict[str, int]:

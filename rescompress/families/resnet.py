@@ -11,7 +11,6 @@ from rescompress import surgery
 from rescompress.anatomy import ConvAnatomy
 from rescompress.errors import UnsupportedModelError
 from rescompress.families._base import Family
-from rescompress.layers.resize import output_grid
 
 
 def describe(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ConvAnatomy:
@@ -26,7 +25,7 @@ def describe(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
         family=FAMILY.name,
         input_size=(height, width),
         first_conv=fqn,
-        stem_grid=output_grid(conv, height, width),
+        stem_grid=surgery.output_grid(conv, (height, width)),
     )
 
 

@@ -11,7 +11,6 @@ from rescompress import surgery
 from rescompress.anatomy import GridAttribute, ViTAnatomy
 from rescompress.errors import UnsupportedModelError
 from rescompress.families._base import Family, class_names
-from rescompress.layers.resize import output_grid
 
 TIMM = "timm.models.vision_transformer.VisionTransformer"
 TORCHVISION = "torchvision.models.vision_transformer.VisionTransformer"
@@ -30,13 +29,17 @@ def _describe_timm(model: Any, input_size: tuple[int, int]) -> ViTAnatomy:
             f"{type(model).__name__} cuts patches with {class_names(model.patch_embed)[0]}; only timm's PatchEmbed, "
             "one convolution, can be resized"
         )
-    # A dynamic model resamples its position embedding from this grid at run time; it need not be the image's.
-    grid = output_grid(conv, *input_size)
+    if model.patch_embed.dynamic_img_pad:  # the host fills up the last patches before it cuts them
+        patch = _pair(conv.kernel_size)
+        input_size = (-(-input_size[0] // patch[0]) * patch[0], -(-input_size[1] // patch[1]) * patch[1])
+    # A dynamic model resamples its position embedding from its own grid at run time; that need not be the image's.
+    grid = surgery.output_grid(conv, input_size)
     embedded = model.patch_embed.grid_size or grid
     prefix = model.num_prefix_tokens
     return ViTAnatomy(
         family=FAMILY.name,
         input_size=input_size,
+        image_size=input_size,
         patch_conv="patch_embed.proj",
         patch_size=_pair(conv.kernel_size),
         pos_embed=None if model.pos_embed is None else "pos_embed",
@@ -62,10 +65,11 @@ def _describe_torchvision(model: Any, input_size: tuple[int, int]) -> ViTAnatomy
             f"{type(model).__name__} has a convolutional stem ({type(conv).__name__}); only a single patch convolution "
             "can be resized"
         )
-    grid = output_grid(conv, *input_size)
+    grid = surgery.output_grid(conv, input_size)
     return ViTAnatomy(
         family=FAMILY.name,
         input_size=input_size,
+        image_size=input_size,
         patch_conv="conv_proj",
         patch_size=_pair(conv.kernel_size),
         pos_embed="encoder.pos_embedding",

@@ -41,7 +41,7 @@ def merge_tokens(
     # Position p of the whole sequence is in A when p is even, as in the paper, wherever the patches begin.
     first_a = num_prefix_tokens + num_prefix_tokens % 2
     first_b = num_prefix_tokens + 1 - num_prefix_tokens % 2
-    metric = metric / metric.norm(dim=-1, keepdim=True).clamp_min(1e-6)
+    metric = metric / torch.linalg.vector_norm(metric, dim=-1, keepdim=True).clamp_min(1e-6)
     similarity = metric[:, first_a::2] @ metric[:, first_b::2].transpose(-1, -2)
     best_score, best_b = similarity.max(dim=-1)
     order = best_score.argsort(dim=-1, descending=True)

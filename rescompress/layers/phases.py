@@ -71,9 +71,11 @@ def phases_of_scale(scale: float, mode: str, antialias: bool) -> Phases:
     if abs(scale - p / q) > 1e-14:
         raise NotPeriodicError(f"scale {scale} is no ratio of whole numbers up to {MAX_DENOMINATOR}; the nearest is {ratio}")
     # 49 * (1 / 49) is below 1 in float64: one output row is missing, and the blocks are no longer p long.
-    lost = [k * q for k in range(1, MAX_SIDE // q) if math.floor(k * q * scale) != k * p]
-    if lost:
-        raise NotPeriodicError(f"side {lost[0]} times scale {ratio} is rounded below {lost[0] * p // q}")
+    count = torch.arange(1, MAX_SIDE // q)
+    lost = ((count * q).double() * scale).floor().long() != count * p
+    if lost.any():
+        at = int(count[lost][0])
+        raise NotPeriodicError(f"side {at * q} times scale {scale} is rounded below {at * p}")
     blocks = _margin(p, q) + 2
     if mode == "area":
         return _phases(p, q, scale, mode, antialias, lengths=[2 * blocks * q], multiple=q)
@@ -145,10 +147,9 @@ def _phases(
         half = real.shape[0] // 2
         head = max([head, *(row + 1 for row in bad if row < half)])
         tail = max([tail, *(real.shape[0] - row for row in bad if row >= half)])
-    if bad_border := mode in ("nearest", "area") and head + tail > 0:
+    if head + tail > 0 and mode in ("nearest", "area"):
         raise NotPeriodicError(f"{mode} at {p}/{q} does not repeat: float32 rounding moves some of its samples")
-    reach = (_margin(p, q) + 1) * p
-    if not bad_border and only == 0 and max(head, tail) > reach:
+    if only == 0 and max(head, tail) > middle * p:
         raise NotPeriodicError(f"{mode} at {p}/{q} does not repeat")
     return Phases(p, q, first, weights, head, tail, lengths, only, multiple, most)
 

@@ -4,9 +4,8 @@ Morlier et al., "Input Resolution Downsizing as a Compression Technique", https:
 """
 
 import math
-from typing import List, Optional, Tuple  # noqa: UP035  TorchScript reads these
+from typing import Any, List, Optional, Tuple  # noqa: UP035  TorchScript reads these
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -99,11 +98,14 @@ class ResizedConv2d(nn.Conv2d):
         same_padding: pad at run time as TensorFlow's SAME does, so that the output side is ceil(side / stride)
     """
 
-    __constants__ = ["same_padding"]
+    __constants__ = [*nn.Conv2d.__constants__, "same_padding"]
 
-    before: nn.Module
-    after: nn.Module
-    same_padding: bool
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # Annotated here, not on the class: TorchScript cannot read `nn.Module` there.
+        self.before: nn.Module = nn.Identity()
+        self.after: nn.Module = nn.Identity()
+        self.same_padding: bool = False
 
     @classmethod
     def from_conv(
@@ -128,8 +130,8 @@ class ResizedConv2d(nn.Conv2d):
         )
         new._parameters["weight"] = conv._parameters["weight"]
         new._parameters["bias"] = conv._parameters["bias"]
-        new.before = nn.Identity() if before is None else before
-        new.after = nn.Identity() if after is None else after
+        new.before = before or new.before
+        new.after = after or new.after
         new.same_padding = same_padding
         new.train(conv.training)
         return new
@@ -159,13 +161,3 @@ def is_same_padded(conv: nn.Module) -> bool:
         "timm.layers.conv2d_same.Conv2dSame"
     ]
 
-
-def output_grid(conv: nn.Conv2d, height: int, width: int) -> Tuple[int, int]:  # noqa: UP006
-    """Return the grid that `conv` alone makes of a (height, width) image; runs nothing but shapes."""
-    with torch.no_grad():
-        x = torch.empty(1, conv.in_channels, height, width, device="meta", dtype=conv.weight.dtype)
-        weight = conv.weight.detach().to("meta")
-        if is_same_padded(conv) or getattr(conv, "same_padding", False):
-            x = pad_same(x, conv.kernel_size, conv.stride, conv.dilation)  # type: ignore[arg-type]
-        shape = conv._conv_forward(x, weight, None).shape
-    return int(shape[2]), int(shape[3])

@@ -1,7 +1,6 @@
 """Give a ViT another grid of patches: its position embedding and the numbers that its host keeps must follow."""
 
 import dataclasses
-from functools import reduce
 
 from torch import nn
 
@@ -25,7 +24,7 @@ def can_express(anatomy: ViTAnatomy, grid: Grid) -> bool:
     return sides[0] is not None and sides[0] == sides[1]
 
 
-def set_grid(model: nn.Module, anatomy: ViTAnatomy, grid: Grid, patch_size: Grid) -> ViTAnatomy:
+def set_grid(model: nn.Module, anatomy: ViTAnatomy, grid: Grid, patch_size: Grid, image_size: Grid) -> ViTAnatomy:
     """Resample the position embedding to `grid`, write the host's attributes, and return the new anatomy.
 
     Raises:
@@ -36,39 +35,57 @@ def set_grid(model: nn.Module, anatomy: ViTAnatomy, grid: Grid, patch_size: Grid
             f"{type(model).__name__} cannot have a {grid[0]} x {grid[1]} grid: it computes its grid as image side // "
             f"patch size with one whole patch size; its image is {anatomy.input_size[0]} x {anatomy.input_size[1]}"
         )
-    if anatomy.pos_embed is not None and anatomy.pos_embed_grid != grid:
-        old = anatomy.pos_embed_grid
-        prefix = anatomy.pos_embed_prefix_tokens
-        tensor = surgery.get_parameter(model, anatomy.pos_embed)
-        surgery.set_parameter(model, anatomy.pos_embed, resample_pos_embed(tensor.detach(), old, grid, prefix))
-        owner, name = surgery.split(anatomy.pos_embed)
-        surgery.get(model, owner).register_load_state_dict_pre_hook(PosEmbedLoader(name, old, grid, prefix))
-    if anatomy.grid != grid:
-        for attribute in anatomy.grid_attributes:
-            _write(model, attribute, anatomy, grid)
-    places = len(anatomy.grids)
-    return dataclasses.replace(
+    new = dataclasses.replace(
         anatomy,
+        image_size=image_size,
         patch_size=patch_size,
-        pos_embed_grid=grid,
-        grids=(grid,) * places,
-        num_patch_tokens=(grid[0] * grid[1],) * places,
+        pos_embed_grid=_pos_embed_grid(anatomy, grid),
+        grids=(grid,) * len(anatomy.grids),
+        num_patch_tokens=(grid[0] * grid[1],) * len(anatomy.grids),
     )
+    if anatomy.pos_embed is not None and new.pos_embed_grid != anatomy.pos_embed_grid:
+        prefix = anatomy.pos_embed_prefix_tokens
+        tensor = surgery.get_parameter(model, anatomy.pos_embed).detach()
+        resampled = resample_pos_embed(tensor, anatomy.pos_embed_grid, new.pos_embed_grid, prefix)
+        surgery.set_parameter(model, anatomy.pos_embed, resampled)
+        owner, name = surgery.split(anatomy.pos_embed)
+        loader = PosEmbedLoader(name, anatomy.pos_embed_grid, new.pos_embed_grid, prefix)
+        surgery.get(model, owner).register_load_state_dict_pre_hook(loader)
+    if grid != anatomy.grid:
+        for attribute in anatomy.grid_attributes:
+            _write(model, attribute, new, grid)
+    return new
+
+
+def _pos_embed_grid(anatomy: ViTAnatomy, grid: Grid) -> Grid:
+    """Return the grid that the position embedding is to be stored in.
+
+    Where the host resamples it for every image, it stays the grid of the host's own reference image.
+    """
+    if anatomy.fixed_input or anatomy.grids[0] is None:
+        return grid
+    rows, columns = (
+        max(1, round(stored * new / old))
+        for stored, new, old in zip(anatomy.pos_embed_grid, grid, anatomy.grids[0], strict=True)
+    )
+    return (rows, columns)
 
 
 def _write(model: nn.Module, attribute: GridAttribute, anatomy: ViTAnatomy, grid: Grid) -> None:
     owner_fqn, name = surgery.split(attribute.name)
-    owner = reduce(getattr, owner_fqn.split("."), model) if owner_fqn else model
+    owner = surgery.get(model, owner_fqn)
     if getattr(owner, name) is None:  # a host without a fixed size keeps none
         return
-    tokens = grid[0] * grid[1]
-    sides = [pixels_per_token(image, side) for image, side in zip(anatomy.input_size, grid, strict=True)]
+    stored = anatomy.pos_embed_grid[0] * anatomy.pos_embed_grid[1]
     if attribute.holds.startswith("pixels_per_token"):
-        if sides[0] is None or sides[1] is None:
+        sides: list[int | None] = list(anatomy.patch_size)
+        if anatomy.image_size != anatomy.input_size:
+            sides = [pixels_per_token(image, side) for image, side in zip(anatomy.input_size, grid, strict=True)]
+        if None in sides:
             return  # only informative then; a required one has been checked above
-        value: object = sides[0] if attribute.holds == "pixels_per_token" else (sides[0], sides[1])
+        value: object = sides[0] if attribute.holds == "pixels_per_token" else tuple(sides)
+    elif attribute.holds == "grid":
+        value = anatomy.pos_embed_grid
     else:
-        value = {"grid": grid, "num_tokens": tokens, "num_tokens_and_prefix": tokens + anatomy.num_prefix_tokens}[
-            attribute.holds
-        ]
+        value = stored + (anatomy.num_prefix_tokens if attribute.holds == "num_tokens_and_prefix" else 0)
     setattr(owner, name, value)

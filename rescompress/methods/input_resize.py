@@ -12,7 +12,7 @@ from torch import nn
 from rescompress import surgery
 from rescompress.anatomy import Anatomy, ConvAnatomy, Grid, ViTAnatomy
 from rescompress.errors import SpecError, UnsupportedModelError
-from rescompress.layers.resize import MODES, Resize2d, output_grid
+from rescompress.layers.resize import MODES, Resize2d
 from rescompress.methods._grid import can_express, set_grid
 from rescompress.methods._resizing import check_resize_options, put_resize, warn_if_not_reached
 from rescompress.spec import Stage, Step
@@ -71,7 +71,7 @@ class InputResize(Step):
         conv = surgery.get(model, anatomy.first_conv)
         if not isinstance(conv, nn.Conv2d):
             raise UnsupportedModelError(f"{anatomy.first_conv!r} is a {type(conv).__name__}, not a convolution")
-        grid = output_grid(conv, *image)
+        grid = surgery.output_grid(conv, image)
         put_resize(model, anatomy.first_conv, self.kind, before=resize)
         return dataclasses.replace(anatomy, stem_grid=grid)
 
@@ -83,7 +83,7 @@ class InputResize(Step):
         self._refuse_larger(anatomy.input_size, image)
         if self.scale == 1.0:
             resize = self._resize((1.0, 1.0), None)
-            grid = anatomy.grid
+            grid, image = anatomy.grid, anatomy.image_size
         else:
             warn_if_not_reached(self.kind, self.scale, anatomy.input_size, image)
             if anatomy.fixed_input:
@@ -92,7 +92,7 @@ class InputResize(Step):
                 scale = (image[0] / anatomy.input_size[0], image[1] / anatomy.input_size[1])
                 resize = self._resize(scale, None)
         put_resize(model, anatomy.patch_conv, self.kind, before=resize)
-        return set_grid(model, anatomy, grid, anatomy.patch_size)
+        return set_grid(model, anatomy, grid, anatomy.patch_size, image)
 
     def _target_grid(self, anatomy: ViTAnatomy) -> Grid:
         """Return the grid of whole patches nearest to what was asked for, the smaller one of two as near."""

@@ -65,7 +65,7 @@ class PatchResize(Step):
         conv = surgery.get(model, anatomy.patch_conv)
         if not isinstance(conv, nn.Conv2d) or tuple(conv.kernel_size) != tuple(conv.stride):
             raise UnsupportedModelError(f"{anatomy.patch_conv!r} is no convolution whose stride is its kernel")
-        image = self._image_size(anatomy)
+        image = anatomy.image_size
         patch_size = self._target_patch(anatomy, image)
         grid = (image[0] // patch_size[0], image[1] // patch_size[1])
         if min(grid) < 1:
@@ -79,15 +79,7 @@ class PatchResize(Step):
                 stacklevel=4,
             )
         surgery.swap(model, anatomy.patch_conv, PatchConv2d.from_patch_conv(conv, patch_size))
-        return set_grid(model, anatomy, grid, patch_size)
-
-    def _image_size(self, anatomy: ViTAnatomy) -> Grid:
-        """Return the size of the image that reaches the patches: an earlier input_resize may have changed it."""
-        grid = anatomy.grids[0] or (1, 1)
-        resized = (grid[0] * anatomy.patch_size[0], grid[1] * anatomy.patch_size[1])
-        full = anatomy.input_size
-        same_grid = (full[0] // anatomy.patch_size[0], full[1] // anatomy.patch_size[1]) == grid
-        return full if same_grid else resized
+        return set_grid(model, anatomy, grid, patch_size, image)
 
     def _target_patch(self, anatomy: ViTAnatomy, image: Grid) -> Grid:
         if self.patch_size is not None:

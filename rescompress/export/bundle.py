@@ -1,0 +1,100 @@
+"""The header of a written file: what the program inside is, as JSON that can be read without running or loading it.
+
+A file is a zip; the header is its member `<name>/extra/rescompress.json`. It is read with zipfile and json alone, so
+that a file of unknown origin can be looked at safely.
+"""
+
+import json
+import zipfile
+import zlib
+from pathlib import Path
+from typing import Any
+
+from rescompress.errors import ExportError, InputError, SpecError
+from rescompress.spec import Spec
+
+HEADER_NAME = "rescompress.json"
+HEADER_SCHEMA = 1
+MAX_HEADER_BYTES = 16 * 2**20
+"""No honest header comes near; a larger one is refused before it is unpacked."""
+
+
+def header_text(header: dict[str, Any]) -> str:
+    """Return the header as the text that goes into the file.
+
+    Raises:
+        ExportError: it holds something that JSON cannot, or is too large to be read back.
+    """
+    try:
+        text = json.dumps({"header_schema": HEADER_SCHEMA, **header}, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ExportError(f"the report or labels cannot be written as JSON: {error}; give plain numbers and strings") from error
+    if len(text.encode()) > MAX_HEADER_BYTES:
+        raise ExportError(
+            f"the header takes {len(text.encode())} bytes, more than the {MAX_HEADER_BYTES} that are read back; "
+            "give a shorter report or fewer labels"
+        )
+    return text
+
+
+def read_header(path: str | Path) -> dict[str, Any]:
+    """Return everything that a written file says of itself, without loading the model.
+
+    Raises:
+        InputError: there is no such file, it is damaged, or rescompress did not write it.
+    """
+    try:
+        text = _header_bytes(Path(path)).decode("utf-8")
+        header = json.loads(text)
+    except FileNotFoundError as error:
+        raise InputError(f"there is no file {path}") from error
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror or error}") from error
+    # A damaged or hostile zip can fail in all of these ways.
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, NotImplementedError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is damaged or not a file that rescompress wrote: {_one_line(error)}") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is damaged: its header is not JSON ({_one_line(error)})") from error
+    if not isinstance(header, dict) or not isinstance(header.get("spec"), dict):
+        raise InputError(f"{path} is damaged: its header holds no spec")
+    schema = header.get("header_schema")
+    if schema != HEADER_SCHEMA:
+        raise InputError(
+            f"{path} has a header of schema {schema!r}, and this version reads {HEADER_SCHEMA}; upgrade rescompress"
+        )
+    return header
+
+
+def read_spec(path: str | Path) -> Spec:
+    """Return the spec of a written file, without loading the model; that of an uncompressed model has no steps.
+
+    Raises:
+        InputError: there is no such file, it is damaged, or rescompress did not write it.
+    """
+    try:
+        return Spec.from_dict(read_header(path)["spec"])
+    except SpecError as error:
+        raise InputError(f"{path} holds a spec that cannot be read: {error}") from error
+
+
+def _header_bytes(path: Path) -> bytes:
+    if path.is_dir():
+        raise InputError(f"{path} is a folder, not a file")
+    if path.stat().st_size == 0:
+        raise InputError(f"{path} is empty")
+    with zipfile.ZipFile(path) as archive:
+        found = [info for info in archive.infolist() if info.filename.split("/")[1:] == ["extra", HEADER_NAME]]
+        if not found:
+            raise InputError(f"{path} has no header: rescompress did not write it")
+        if len(found) > 1:
+            raise InputError(f"{path} is damaged: it has {len(found)} headers")
+        # The size that the zip claims may be a lie, so no more than the limit is unpacked either.
+        with archive.open(found[0]) as member:
+            data = member.read(MAX_HEADER_BYTES + 1)
+    if len(data) > MAX_HEADER_BYTES:
+        raise InputError(f"the header of {path} is larger than {MAX_HEADER_BYTES} bytes; refused")
+    return data
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__

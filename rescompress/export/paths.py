@@ -1,0 +1,62 @@
+"""Where a file may be written, found out before the long work, and a write that leaves the old file or the new one."""
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rescompress.errors import ExportError, did_you_mean
+
+SUFFIXES = {".pt": "TorchScript"}
+"""The formats that are written, by suffix."""
+
+
+def check_writable(path: str | Path) -> Path:
+    """Return `path` if a model can be written there: a known suffix in an existing, writable folder.
+
+    An existing file is left as it is.
+
+    Raises:
+        ExportError: it cannot, and why.
+    """
+    path = Path(path)
+    if path.suffix.lower() not in SUFFIXES:
+        known = ", ".join(f"{suffix} ({name})" for suffix, name in SUFFIXES.items())
+        near = did_you_mean(path.suffix, SUFFIXES) if path.suffix else ""
+        hint = near if near.startswith("; did you mean") else ""
+        raise ExportError(f"cannot write {path}: the suffix {path.suffix!r} names no format; known: {known}{hint}")
+    if path.is_dir():
+        raise ExportError(f"cannot write {path}: it is a folder; name a file in it")
+    folder = path.parent
+    if not folder.exists():
+        raise ExportError(f"cannot write {path}: there is no folder {folder}; create it first")
+    if not folder.is_dir():
+        raise ExportError(f"cannot write {path}: {folder} is not a folder")
+    try:
+        # By trying: permission bits do not tell of read-only mounts, quotas and the superuser.
+        with tempfile.TemporaryDirectory(prefix=".rescompress-", dir=folder):
+            pass
+    except OSError as error:
+        raise ExportError(f"cannot write {path}: the folder {folder} is not writable ({error.strerror})") from error
+    return path
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Give a temporary path to write to; at the end without an error that file takes the place of `path`.
+
+    It lies in a folder of its own beside `path`, on the same file system, and has the same name, which some formats
+    keep inside. Whatever happens, nothing but the old or the new file is left.
+
+    Raises:
+        ExportError: the temporary folder cannot be made, or the file cannot be put in place.
+    """
+    target = Path(os.path.realpath(path))  # through a link, not instead of it
+    try:
+        with tempfile.TemporaryDirectory(prefix=".rescompress-", dir=target.parent, ignore_cleanup_errors=True) as folder:
+            new = Path(folder) / target.name
+            yield new
+            os.replace(new, target)
+    except OSError as error:
+        raise ExportError(f"cannot write {path}: {error.strerror or error}") from error
