@@ -6,6 +6,13 @@ Grid = tuple[int, int]
 """(height, width) of a map of pixels or tokens."""
 
 
+def cells(image: Grid, patch: Grid, pads: bool = False) -> Grid:
+    """Return the grid of patches that an image is cut into: whole ones, or with `pads` the filled-up last ones too."""
+    if pads:
+        return (-(-image[0] // patch[0]), -(-image[1] // patch[1]))
+    return (image[0] // patch[0], image[1] // patch[1])
+
+
 @dataclass(frozen=True, kw_only=True)
 class Anatomy:
     """What every family knows of a model.
@@ -63,6 +70,7 @@ class ViTAnatomy(Anatomy):
     Attributes:
         image_size: (height, width) of the image that reaches the patches: input_size until it is resized
         patch_conv: FQN of the convolution that cuts the image into patches
+        pads_image: whether the host fills up the last patches instead of leaving their pixels unread
         patch_size: its kernel, (height, width) in pixels
         pos_embed: FQN of the learned position embedding, (1, P + H * W, C) or (1, H * W, C); None if there is none
         pos_embed_prefix_tokens: number of rows at its start that belong to prefix tokens
@@ -90,6 +98,7 @@ class ViTAnatomy(Anatomy):
     num_patch_tokens: tuple[int, ...]
     grid_attributes: tuple[GridAttribute, ...] = ()
     fixed_input: bool = True
+    pads_image: bool = False
     norm: str | None = None
     mean_pooled: bool = False
 

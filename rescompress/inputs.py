@@ -49,8 +49,10 @@ def batch_size_of(args: Any) -> int:
     """Return the size of the first dimension of the first tensor that has one.
 
     Raises:
-        InputError: no tensor has a dimension.
+        InputError: no tensor has a dimension, or tensors lie in a list, whose length would be the batch size.
     """
+    if _has_list_of_tensors(args):
+        raise InputError("the batch size of an example input with a list of tensors cannot be told; give tensors")
     for tensor in tensors_of(args):
         if tensor.ndim > 0:
             return int(tensor.shape[0])
@@ -69,14 +71,11 @@ def with_batch(args: Any, n: int) -> Any:
         - Output: tensors (n, ...); sample i is sample i % B of the input; the memory format is kept
 
     Raises:
-        InputError: `n` is under 1, there is no batch dimension, or tensors lie in a list, whose length would be the
-            batch size.
+        InputError: `n` is under 1, or the batch size cannot be told (see `batch_size_of`).
     """
     if n < 1:
         raise InputError(f"a batch size must be at least 1, got {n}")
     batch = batch_size_of(args)
-    if _has_list_of_tensors(args):
-        raise InputError("the batch size of an example input with a list of tensors cannot be changed; give tensors")
     if n == batch:
         return args
     if batch == 0:

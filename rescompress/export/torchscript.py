@@ -1,6 +1,7 @@
 """Write a model as TorchScript: compiled if possible, traced if not, loaded again and compared before it counts."""
 
 import copy
+import dataclasses
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,11 +13,11 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
-from rescompress.errors import ExportError, RescompressWarning
+from rescompress.errors import ExportError
 from rescompress.export import describe
 from rescompress.export.bundle import HEADER_NAME, header_text
 from rescompress.export.paths import replacing
-from rescompress.fold import fold, fold_report
+from rescompress.fold import fold, fold_decisions
 from rescompress.inputs import Args, as_args, batch_size_of, default_input, with_batch
 
 TOLERANCE = {torch.float64: 1e-7, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
@@ -102,10 +103,10 @@ def _expected(model: nn.Module, inputs: Args) -> Expected:
 
 
 def _folded(model: nn.Module, inputs: Args) -> tuple[nn.Module, list[dict[str, Any]]]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RescompressWarning)  # nothing to fold is no news here
-        deployed = fold(model, inputs)
-    return deployed, [decision.to_dict() for decision in fold_report(deployed)]
+    decisions = fold_decisions(model, inputs)
+    if any(decision.folded for decision in decisions):
+        model = fold(model, inputs).requires_grad_(False)
+    return model, [dataclasses.asdict(decision) for decision in decisions]
 
 
 def _write_checked(model: nn.Module, inputs: Args, expected: Expected, header: dict[str, Any], path: Path) -> None:

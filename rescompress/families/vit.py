@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from rescompress import surgery
-from rescompress.anatomy import GridAttribute, ViTAnatomy
+from rescompress.anatomy import GridAttribute, ViTAnatomy, cells
 from rescompress.errors import UnsupportedModelError
 from rescompress.families._base import Family, class_names
 
@@ -29,11 +29,9 @@ def _describe_timm(model: Any, input_size: tuple[int, int]) -> ViTAnatomy:
             f"{type(model).__name__} cuts patches with {class_names(model.patch_embed)[0]}; only timm's PatchEmbed, "
             "one convolution, can be resized"
         )
-    if model.patch_embed.dynamic_img_pad:  # the host fills up the last patches before it cuts them
-        patch = _pair(conv.kernel_size)
-        input_size = (-(-input_size[0] // patch[0]) * patch[0], -(-input_size[1] // patch[1]) * patch[1])
     # A dynamic model resamples its position embedding from its own grid at run time; that need not be the image's.
-    grid = surgery.output_grid(conv, input_size)
+    patch, pads = _pair(conv.kernel_size), bool(model.patch_embed.dynamic_img_pad)
+    grid = cells(input_size, patch, pads)
     embedded = model.patch_embed.grid_size or grid
     prefix = model.num_prefix_tokens
     return ViTAnatomy(
@@ -41,7 +39,8 @@ def _describe_timm(model: Any, input_size: tuple[int, int]) -> ViTAnatomy:
         input_size=input_size,
         image_size=input_size,
         patch_conv="patch_embed.proj",
-        patch_size=_pair(conv.kernel_size),
+        patch_size=patch,
+        pads_image=pads,
         pos_embed=None if model.pos_embed is None else "pos_embed",
         pos_embed_grid=embedded,
         pos_embed_prefix_tokens=0 if model.no_embed_class else prefix,

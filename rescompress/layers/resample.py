@@ -43,9 +43,9 @@ def resample_patch_kernel(kernel: Tensor, patch_size: Grid) -> Tensor:
 
 def _resize_matrix(old: int, new: int, like: Tensor) -> Tensor:
     """Return the (new, old) matrix of antialiased bicubic resizing along one side."""
-    basis = torch.eye(old, dtype=torch.float64, device=like.device).reshape(old, 1, old, 1)
-    resized = F.interpolate(basis, size=(new, 1), mode="bicubic", align_corners=False, antialias=True)
-    return resized.reshape(old, new).T
+    # The whole identity as one image: columns of one pixel are resized wrongly by torch 2.15's antialiased kernel.
+    basis = torch.eye(old, dtype=torch.float64, device=like.device)[None, None]
+    return F.interpolate(basis, size=(new, old), mode="bicubic", align_corners=False, antialias=True)[0, 0]
 
 
 def resample_pos_embed(pos_embed: Tensor, old: Grid, new: Grid, num_prefix_tokens: int) -> Tensor:

@@ -66,7 +66,9 @@ _PRODUCT = re.compile(
     r"fft\w*|lstm|gru|rnn|linalg|cdist|cholesky|svd|qr|eigh?|solve|inverse|grouped)(_|\d|$)"
     r"|grid_sampler|_mm(_|$)|encoder_layer|matrix_exp"
 )
-_NO_PRODUCT = re.compile(r"^(upsample|_upsample|_convert|im2col|col2im|linalg_(vector_)?norm|_?weight_norm)|prepack|backward")
+_NO_PRODUCT = re.compile(
+    r"^(upsample|_upsample|_convert|im2col|col2im|linalg_(vector_)?norm|_?weight_norm)|prepack|backward"
+)
 # Every operator of a foreign namespace may hide a product, but for these, which are known not to.
 _HARMLESS_FOREIGN = {"torchvision::nms", "torchvision::roi_align", "torchvision::roi_pool", "torchvision::ps_roi_align"}
 _OWN_NAMESPACES = {"aten", "prim", "prims", "profiler", "inductor", "c10d", "rngprims"}
@@ -212,7 +214,9 @@ def count_macs(model: nn.Module, example_input: Any) -> MacCount:
         # Without gradients: the tracker of torch's counter fails on a parameter that is passed to a module under no_grad.
         shell = clone_shared(model, "meta").eval().requires_grad_(False)
         return _count(shell, on_device(args, "meta"), on_device(kwargs, "meta"), "meta")
-    except Exception:  # foreign code on a device that it was never written for: anything may come, and the real run tells
+    except (
+        Exception
+    ):  # foreign code on a device that it was never written for: anything may come, and the real run tells
         pass
     try:
         subject = real_copy(model).requires_grad_(False)

@@ -10,7 +10,7 @@ from typing import ClassVar
 from torch import nn
 
 from rescompress import surgery
-from rescompress.anatomy import Anatomy, Grid, ViTAnatomy
+from rescompress.anatomy import Anatomy, Grid, ViTAnatomy, cells
 from rescompress.errors import RescompressWarning, SpecError, UnsupportedModelError
 from rescompress.layers.resample import PatchConv2d
 from rescompress.methods._grid import can_express, set_grid
@@ -67,11 +67,11 @@ class PatchResize(Step):
             raise UnsupportedModelError(f"{anatomy.patch_conv!r} is no convolution whose stride is its kernel")
         image = anatomy.image_size
         patch_size = self._target_patch(anatomy, image)
-        grid = (image[0] // patch_size[0], image[1] // patch_size[1])
+        grid = cells(image, patch_size, anatomy.pads_image)
         if min(grid) < 1:
             raise SpecError(f"patch_resize.patch_size={patch_size} is larger than the {image[0]} x {image[1]} image")
         warn_if_not_reached(self.kind, self.scale, anatomy.grid, grid)
-        if image[0] % patch_size[0] or image[1] % patch_size[1]:
+        if not anatomy.pads_image and (image[0] % patch_size[0] or image[1] % patch_size[1]):
             warnings.warn(
                 f"patches of {patch_size[0]} x {patch_size[1]} px do not fill the {image[0]} x {image[1]} image: "
                 f"{image[0] % patch_size[0]} rows and {image[1] % patch_size[1]} columns at its end are not read",
@@ -84,25 +84,16 @@ class PatchResize(Step):
     def _target_patch(self, anatomy: ViTAnatomy, image: Grid) -> Grid:
         if self.patch_size is not None:
             return as_pair("patch_resize.patch_size", self.patch_size)
-        if self.scale == 1.0:
+        if self.scale is None or self.scale == 1.0:
             return anatomy.patch_size
-        grid = anatomy.grids[0] or (1, 1)
+        # Nearest grid first, then the smaller one, then the patch that leaves the least of the image unread.
         sides = []
         for axis in (0, 1):
-            # Nearest grid first, then the smaller one, then the patch that leaves the least of the image unread.
-            candidates = [
-                p
-                for p in range(anatomy.patch_size[axis], image[axis] + 1)
-                if image[0] != image[1] or can_express(anatomy, (image[axis] // p, image[axis] // p))
-            ]
-            sides.append(
-                min(
-                    candidates,
-                    key=lambda p, axis=axis: (  # type: ignore[misc]
-                        round(abs(image[axis] // p / grid[axis] - self.scale), 9),  # type: ignore[operator]
-                        image[axis] // p,
-                        image[axis] % p,
-                    ),
-                )
-            )
+            side, old = image[axis], cells(image, anatomy.patch_size, anatomy.pads_image)[axis]
+            ranked = []
+            for patch in range(anatomy.patch_size[axis], side + 1):
+                new = cells((side, side), (patch, patch), anatomy.pads_image)
+                if image[0] != image[1] or can_express(anatomy, new):
+                    ranked.append((round(abs(new[0] / old - self.scale), 9), new[0], side % patch, patch))
+            sides.append(min(ranked)[-1])
         return (sides[0], sides[1])

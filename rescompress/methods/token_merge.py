@@ -114,8 +114,6 @@ class TokenMerge(Step):
 
     def _plan(self, anatomy: ViTAnatomy) -> tuple[list[int], list[int]]:
         """Return the pairs merged in each block, and the patch tokens that enter each block and leave the last."""
-        if any(grid is None for grid in anatomy.grids):
-            raise SpecError("token_merge is in the model already; put all merging into one step")
         before = anatomy.num_patch_tokens
         if self.keep is not None and len(set(before)) > 1:
             raise SpecError(
@@ -149,6 +147,8 @@ def _class_name(thing: object) -> str:
 
 def _refuse_unknown(blocks: list[nn.Module]) -> None:
     for block in blocks:
+        if isinstance(block, tuple(MERGE_BLOCKS.values())):
+            raise SpecError("token_merge is in the model already; put all merging into one step")
         name = _class_name(block)
         if name not in MERGE_BLOCKS:
             raise UnsupportedModelError(

@@ -1,0 +1,5 @@
+"""The `rescompress` command."""
+
+from rescompress.cli._main import main
+
+__all__ = ["main"]

@@ -1,0 +1,89 @@
+"""Classification models of torchvision: `torchvision:vit_b_16`."""
+
+from typing import Any
+
+from torchvision import models
+from torchvision.transforms.functional import InterpolationMode
+
+from rescompress.cli import download
+from rescompress.cli.images import plain_preprocessing, plain_transform
+from rescompress.cli.models import Loaded, Request, build, nearest, say_random
+from rescompress.errors import InputError
+
+
+def load(name: str, request: Request) -> Loaded:
+    """Build a model by its name in torchvision.models.
+
+    Raises:
+        InputError: torchvision has no such model, or cannot build it so.
+    """
+    reference = f"torchvision:{name}"
+    names = models.list_models()
+    if name not in names:
+        raise InputError(f"unknown model {name!r}: torchvision has none of this name{nearest(name, names)}")
+    default = models.get_model_weights(name).DEFAULT
+    options: dict[str, Any] = {}
+    if request.num_classes is not None:
+        options["num_classes"] = request.num_classes
+    if request.input_size is not None and name.startswith("vit_"):
+        if request.input_size[0] != request.input_size[1]:
+            raise InputError(f"{reference} takes square images only, got {request.input_size}")
+        options["image_size"] = request.input_size[0]
+
+    weights, reason = "random", None
+    if request.wants_pretrained:
+        reason = _obstacle(default.url, options)
+    if request.wants_pretrained and reason is None:
+        try:
+            model = models.get_model(name, weights=default)
+            weights = "pretrained"
+        except Exception as error:  # a download fails in many ways, and none of them ends the run
+            reason = f"the download failed: {' '.join(str(error).split())[:120]}"
+    if weights == "random":
+        model = build(reference, lambda: models.get_model(name, weights=None, **options))
+        if request.weights is None:
+            say_random(reference, reason)
+
+    transform, preprocessing, own_size = _transform(default, request.input_size)
+    categories = default.meta.get("categories")
+    return Loaded(
+        reference=reference,
+        model=model,
+        input_size=request.input_size or own_size,
+        transform=transform,
+        preprocessing=preprocessing,
+        labels=tuple(categories) if categories else None,
+        weights=request.weights or weights,
+    )
+
+
+def _obstacle(url: str, options: dict[str, Any]) -> str | None:
+    if options:
+        return f"torchvision has none for another {' and '.join(options)}"
+    if download.in_torch_cache(url) or download.reachable(url):
+        return None
+    return f"{download.host_of(url)} cannot be reached"
+
+
+def _transform(weights: Any, size: tuple[int, int] | None) -> tuple[Any, dict[str, Any], tuple[int, int]]:
+    """Return the transform that the weights were made for, at another size if asked for."""
+    preset = weights.transforms()
+    if not hasattr(preset, "crop_size"):  # a detection or segmentation model: its images have no fixed size
+        own = size or (224, 224)
+        return plain_transform(own), plain_preprocessing(), own
+    side = preset.crop_size[0]
+    crop = side / preset.resize_size[0]
+    if size is not None and size != (side, side):
+        # The crop keeps its share of the image.
+        preset.crop_size, preset.resize_size = list(size), [max(round(edge / crop) for edge in size)]
+    return (
+        preset,
+        {
+            "mean": list(preset.mean),
+            "std": list(preset.std),
+            "interpolation": InterpolationMode(preset.interpolation).value,
+            "crop_pct": crop,
+            "crop_mode": "center",
+        },
+        (side, side),
+    )

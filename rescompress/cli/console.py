@@ -1,0 +1,116 @@
+"""What the command line says: results on stdout, progress and messages on stderr, one line each."""
+
+import logging
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rescompress.errors import RescompressWarning
+
+PLAIN_WIDTH = 120
+"""Columns of a table that goes to a file or a pipe, where no terminal says how wide it is."""
+
+_CHATTY = ("huggingface_hub", "timm", "transformers", "urllib3", "PIL", "torch")
+
+
+def error(message: str) -> None:
+    """Print an error on stderr."""
+    print(f"error: {printable(message)}", file=sys.stderr)
+
+
+def warning(message: str) -> None:
+    """Print a warning on stderr."""
+    print(f"warning: {printable(message)}", file=sys.stderr)
+
+
+def note(message: str) -> None:
+    """Print a line of progress on stderr."""
+    print(printable(message), file=sys.stderr, flush=True)
+
+
+def out(text: str = "") -> None:
+    """Print a line of the result on stdout."""
+    print(printable(text))
+
+
+def table(renderable: Any) -> None:
+    """Print a rich table on stdout: in colours on a terminal, plain in a pipe or file."""
+    from rich.console import Console
+
+    console = Console(file=sys.stdout, markup=False, highlight=False)
+    if not console.is_terminal:
+        console = Console(file=sys.stdout, markup=False, highlight=False, width=PLAIN_WIDTH)
+    console.print(renderable)
+
+
+def printable(text: str) -> str:
+    """Return `text` with control characters shown instead of obeyed: names come from files of unknown origin."""
+    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
+
+
+def size(num_bytes: float) -> str:
+    """Return a number of bytes for people to read: 1 MB is 1,000,000 bytes."""
+    for unit, length in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if num_bytes >= length:
+            return f"{num_bytes / length:.1f} {unit}"
+    return f"{num_bytes:.0f} bytes"
+
+
+@contextmanager
+def step(what: str) -> Iterator["Step"]:
+    """Show that something is going on: a spinner with the time on a terminal, a line elsewhere."""
+    from rich.console import Console
+
+    console = Console(stderr=True, markup=False, highlight=False)
+    if not console.is_terminal:
+        note(f"{what} ...")
+        yield Step(what, None)
+        return
+    started = time.perf_counter()
+    with console.status(what) as status:
+        yield Step(what, status)
+    console.print(f"{what} ({time.perf_counter() - started:.1f} s)")
+
+
+class Step:
+    """A piece of work in progress."""
+
+    def __init__(self, what: str, status: Any) -> None:
+        self._what = what
+        self._status = status
+
+    def update(self, detail: str) -> None:
+        """Say what of the work is being done now."""
+        if self._status is None:
+            note(f"  {detail}")
+        else:
+            self._status.update(f"{self._what}: {detail}")
+
+
+@contextmanager
+def messages(debug: bool) -> Iterator[None]:
+    """Print our own warnings as lines; hide what other libraries warn of and log, unless for debugging."""
+    levels = {name: logging.getLogger(name).level for name in _CHATTY}
+    shown: set[str] = set()
+
+    def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+        text = " ".join(str(message).split())
+        if text not in shown:
+            shown.add(text)
+            warning(text if issubclass(category, RescompressWarning) else f"{category.__name__}: {text}")
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("default" if debug else "ignore")
+        warnings.simplefilter("always", RescompressWarning)
+        warnings.showwarning = show
+        if not debug:
+            for name in _CHATTY:
+                logging.getLogger(name).setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for name, level in levels.items():
+                logging.getLogger(name).setLevel(level)

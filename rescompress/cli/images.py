@@ -1,0 +1,103 @@
+"""Open a photograph of any kind, and turn it into what a model takes."""
+
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from rescompress.errors import InputError
+
+Transform = Callable[[Image.Image], Tensor]
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+CROP = 0.875
+_WHITE = (1.0, 255.0, 65535.0)
+
+
+def default_photograph() -> Path:
+    """Return the photograph that scikit-image ships: a cat.
+
+    Raises:
+        InputError: scikit-image is not installed.
+    """
+    # Found, not imported: the import alone takes longer than reading the file.
+    found = importlib.util.find_spec("skimage")
+    path = Path(found.origin).parent / "data" / "chelsea.png" if found and found.origin else None
+    if path is None or not path.is_file():
+        raise InputError(
+            "there is no photograph to run on: give one with --image FILE, or install scikit-image, which ships one "
+            "(pip install 'rescompress[report]')"
+        )
+    return path
+
+
+def open_image(path: str | Path) -> Image.Image:
+    """Return a photograph as upright RGB; transparent parts become white, deep grey values are scaled to 8 bits.
+
+    Raises:
+        InputError: there is no such file, or it is damaged or no image.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise InputError(f"there is no image {path}")
+    if path.is_dir():
+        raise InputError(f"the image {path} is a folder; name a file in it")
+    try:
+        with Image.open(path) as image:
+            return _rgb(ImageOps.exif_transpose(image))
+    except UnidentifiedImageError as error:
+        raise InputError(f"{path} is not an image that Pillow can read") from error
+    except Image.DecompressionBombError as error:
+        raise InputError(f"the image {path} is too large: {error}") from error
+    except Exception as error:  # damaged files fail in as many ways as there are formats
+        raise InputError(f"the image {path} is damaged or cannot be read: {' '.join(str(error).split())[:160]}") from error
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    image.load()
+    if image.mode.startswith(("I", "F")):  # 16 or 32 bits of grey, which convert("RGB") would cut off at 255
+        deep = image.convert("F")
+        brightest = float(deep.getextrema()[1])  # type: ignore[arg-type]
+        white = next((limit for limit in _WHITE if brightest <= limit), brightest)
+        return deep.point(lambda grey: grey * (255.0 / white) + 0.0).convert("RGB")
+    if "A" in image.mode or "transparency" in image.info:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
+
+
+def plain_transform(
+    size: tuple[int, int], mean: tuple[float, ...] = IMAGENET_MEAN, std: tuple[float, ...] = IMAGENET_STD
+) -> Transform:
+    """Return the usual evaluation transform: shorter side resized, centre cropped, normalised.
+
+    Shape:
+        - Output: (3, *size)
+    """
+
+    def transform(image: Image.Image) -> Tensor:
+        shorter = max(round(size[0] / CROP) / image.height, round(size[1] / CROP) / image.width)
+        width, height = max(size[1], round(image.width * shorter)), max(size[0], round(image.height * shorter))
+        image = image.resize((width, height), Image.Resampling.BICUBIC)
+        left, top = (width - size[1]) // 2, (height - size[0]) // 2
+        image = image.crop((left, top, left + size[1], top + size[0]))
+        pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(*size, 3).permute(2, 0, 1)
+        return (pixels / 255 - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
+
+    return transform
+
+
+def plain_preprocessing() -> dict[str, Any]:
+    """Return what `plain_transform` does, for the header of a file."""
+    return {
+        "mean": list(IMAGENET_MEAN),
+        "std": list(IMAGENET_STD),
+        "interpolation": "bicubic",
+        "crop_pct": CROP,
+        "crop_mode": "center",
+    }

@@ -1,0 +1,115 @@
+"""Read a local state dict and load it into a model, all of it or nothing."""
+
+import pickle
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rescompress.errors import InputError
+
+_NESTED_IN = ("state_dict", "model_state_dict", "model", "module")
+_PREFIXES = ("module.", "_orig_mod.", "model.")
+_LISTED = 3
+
+
+def load_weights(model: nn.Module, path: str | Path) -> None:
+    """Load the state dict at `path` into `model`.
+
+    Training scripts wrap it: a dict around it, and prefixes such as `module.`, are taken off.
+
+    Raises:
+        InputError: there is no such file, it is damaged or no state dict, or it belongs to another model.
+    """
+    state = _matching(read_state_dict(path), model)
+    own = model.state_dict()
+    wrong = [
+        f"{name} is {tuple(state[name].shape)} instead of {tuple(own[name].shape)}"
+        for name in own
+        if name in state and state[name].shape != own[name].shape
+    ]
+    missing = [f"{name} is missing" for name in own if name not in state]
+    foreign = [f"{name} is unknown" for name in state if name not in own]
+    problems = wrong[:_LISTED] + missing[:_LISTED] + foreign[:_LISTED]
+    if problems:
+        count = len(wrong) + len(missing) + len(foreign)
+        raise InputError(
+            f"{path} holds weights of another model than this {type(model).__name__}: {', '.join(problems)}"
+            f"{f' and {count - len(problems)} more' if count > len(problems) else ''}{_classes_hint(state, own)}"
+        )
+    model.load_state_dict(state)
+
+
+def read_state_dict(path: str | Path) -> dict[str, Tensor]:
+    """Return the tensors in a .safetensors file or in a file of torch.save; no code in it is run.
+
+    Raises:
+        InputError: there is no such file, it is damaged, or it holds no state dict.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise InputError(f"there is no weights file {path}")
+    if path.is_dir():
+        raise InputError(f"the weights {path} are a folder; name a file in it")
+    loaded = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
+    for name in _NESTED_IN:
+        if isinstance(loaded, Mapping) and isinstance(loaded.get(name), Mapping):
+            loaded = loaded[name]
+            break
+    if not isinstance(loaded, Mapping) or not loaded or not all(isinstance(value, Tensor) for value in loaded.values()):
+        raise InputError(f"{path} holds no state dict (names and tensors); write one with torch.save(model.state_dict(), file)")
+    return {str(name): value for name, value in loaded.items()}
+
+
+def _read_safetensors(path: Path) -> Any:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise InputError(f"{path} is damaged or not a safetensors file: {_one_line(error)}") from error
+
+
+def _read_torch(path: Path) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise InputError(f"cannot read the weights {path}: {error.strerror or error}") from error
+    except pickle.UnpicklingError as error:
+        if zipfile.is_zipfile(path):  # whole, so the content is refused, not the file
+            raise InputError(
+                f"{path} holds Python objects besides tensors and is not loaded, since that could run code; "
+                "save model.state_dict() alone"
+            ) from error
+        raise InputError(f"{path} is damaged or not a file of torch.save: {_one_line(error)}") from error
+    except Exception as error:  # a damaged pickle fails in any way
+        raise InputError(f"{path} is damaged or not a file of torch.save: {_one_line(error)}") from error
+
+
+def _matching(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Take off the prefix that training put before every name, if the model's own names then fit better."""
+    own = model.state_dict().keys()
+    for prefix in _PREFIXES:
+        if all(name.startswith(prefix) for name in state):
+            stripped = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
+            if len(own & stripped.keys()) > len(own & state.keys()):
+                state = stripped
+    return state
+
+
+def _classes_hint(state: dict[str, Tensor], own: Mapping[str, Tensor]) -> str:
+    """Where nothing but the number of classes differs, say which option mends it."""
+    if state.keys() != own.keys():
+        return ""
+    different = [name for name in own if state[name].shape != own[name].shape]
+    classes = {int(state[name].shape[0]) for name in different if state[name].ndim > 0}
+    rest_fits = all(state[name].shape[1:] == own[name].shape[1:] for name in different)
+    return f"; give --num-classes {classes.pop()}" if len(classes) == 1 and rest_fits else ""
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:160] or type(error).__name__

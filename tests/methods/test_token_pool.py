@@ -1,0 +1,108 @@
+"""token_pool: every pooled token is the mean (or maximum) of its window, prefix tokens are left alone."""
+
+import hypothesis.strategies as st
+import pytest
+import timm
+import torch
+from hypothesis import given, settings
+
+import rescompress as rc
+from rescompress.layers.pool import TokenPool2d
+from tests.zoo import randomize
+
+
+@given(
+    out=st.tuples(st.integers(1, 5), st.integers(1, 5)),
+    stride=st.tuples(st.integers(1, 4), st.integers(1, 4)),
+    prefix=st.integers(0, 3),
+    mode=st.sampled_from(["avg", "max"]),
+)
+@settings(max_examples=100, derandomize=True, deadline=None)
+def test_a_pooled_token_is_the_mean_of_its_window(
+    out: tuple[int, int], stride: tuple[int, int], prefix: int, mode: str
+) -> None:
+    grid = (out[0] * stride[0], out[1] * stride[1])
+    x = torch.randn(2, prefix + grid[0] * grid[1], 3, dtype=torch.float64)
+    y = TokenPool2d(grid, stride, prefix, mode)(x)
+    assert y.shape == (2, prefix + out[0] * out[1], 3)
+    torch.testing.assert_close(y[:, :prefix], x[:, :prefix], rtol=0, atol=0)
+    for row in range(out[0]):
+        for column in range(out[1]):
+            window = [
+                x[:, prefix + (row * stride[0] + i) * grid[1] + column * stride[1] + j]
+                for i in range(stride[0])
+                for j in range(stride[1])
+            ]
+            expected = torch.stack(window).mean(0) if mode == "avg" else torch.stack(window).amax(0)
+            torch.testing.assert_close(y[:, prefix + row * out[1] + column], expected)
+
+
+def model() -> torch.nn.Module:
+    return randomize(timm.create_model("vit_tiny_patch16_224", img_size=(64, 128), depth=4)).eval()
+
+
+X = torch.randn(1, 3, 64, 128, generator=torch.Generator().manual_seed(0))
+
+
+def test_blocks_compute_on_the_pooled_grid() -> None:
+    m = model()
+    small = rc.compress(m, rc.TokenPool(after_block=[0, 2], stride=2), example_input=X)
+    with torch.no_grad():
+        x = m.norm_pre(m._pos_embed(m.patch_embed(X)))
+        x = m.blocks[0](x)
+        x = TokenPool2d((4, 8), (2, 2), 1)(x)
+        x = m.blocks[2](m.blocks[1](x))
+        x = TokenPool2d((2, 4), (2, 2), 1)(x)
+        x = m.forward_head(m.norm(m.blocks[3](x)))
+        torch.testing.assert_close(small(X), x, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("step", "message"),
+    [
+        (rc.TokenPool(after_block=3, stride=3), "token_pool.stride=3 does not divide the 4 x 8 token grid after block 3"),
+        (rc.TokenPool(after_block=[0, 1], stride=4), "does not divide the 1 x 2 token grid after block 1"),
+        (rc.TokenPool(after_block=4), "after_block=4 is no block of this model; it has blocks 0 to 3"),
+        (rc.TokenPool(after_block=-5), "no block of this model"),
+        (rc.TokenPool(after_block=[3, -1]), "pooled there already|does not divide"),
+    ],
+)
+def test_what_does_not_fit_is_refused(step: rc.TokenPool, message: str) -> None:
+    with pytest.raises(rc.SpecError, match=message):
+        rc.compress(model(), step, example_input=X)
+
+
+def test_a_second_pooling_sees_the_grid_that_the_first_one_left() -> None:
+    spec = rc.Spec.of(rc.TokenPool(after_block=0, stride=2), rc.TokenPool(after_block=1, stride=(1, 2), mode="max"))
+    small = rc.compress(model(), spec, example_input=X)
+    assert small._rescompress.anatomy.grids == ((4, 8), (2, 4), (2, 2), (2, 2), (2, 2))
+    step_by_step = rc.compress(
+        rc.compress(model(), rc.TokenPool(after_block=0), example_input=X),
+        rc.TokenPool(after_block=1, stride=(1, 2), mode="max"),
+        example_input=X,
+    )
+    with torch.no_grad():
+        torch.testing.assert_close(step_by_step(X), small(X), rtol=0, atol=0)
+    assert rc.spec_of(step_by_step) == rc.spec_of(small)
+
+
+def test_gradient_checkpointing() -> None:
+    small = rc.compress(model(), rc.TokenPool(after_block=1), example_input=X)
+    expected = small(X)
+    small.set_grad_checkpointing()
+    torch.testing.assert_close(small(X), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_tokens_that_form_no_such_grid() -> None:
+    with pytest.raises(RuntimeError, match="cannot pool 7 tokens"):
+        TokenPool2d((4, 4), (2, 2), 0)(torch.zeros(1, 7, 2))
+
+
+def test_dynamic_image_sizes() -> None:
+    m = randomize(timm.create_model("vit_tiny_patch16_224", img_size=64, depth=2, dynamic_img_size=True)).eval()
+    small = rc.compress(m, rc.TokenPool(after_block=0), example_input=torch.rand(1, 3, 64, 64))
+    with torch.no_grad():
+        x = torch.rand(1, 3, 96, 96)
+        y = m.blocks[0](m._pos_embed(m.patch_embed(x)))
+        y = m.forward_head(m.norm(m.blocks[1](TokenPool2d((6, 6), (2, 2), 1)(y))))
+        torch.testing.assert_close(small(x), y, rtol=0, atol=0)
