@@ -7,7 +7,6 @@ arithmetic; `rescompress.layers.phases` finds the pattern of the interpolation, 
 import copy
 import math
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -18,12 +17,11 @@ from torch.utils._pytree import tree_map
 from rescompress import surgery
 from rescompress.errors import RescompressWarning, UnsupportedModelError
 from rescompress.inputs import as_args, default_input
-from rescompress.layers.folded import BorderedFoldedConv2d, FoldedConv2d, output_side
-from rescompress.layers.phases import NotPeriodicError, Phases, phases_of_scale, phases_of_size
+from rescompress.layers.composite import Axis, Pair, axes_of, build, padding_of
+from rescompress.layers.folded import output_side
 from rescompress.layers.resize import Resize2d, ResizedConv2d, pad_same
 
 Model = TypeVar("Model", bound=nn.Module)
-Pair = tuple[int, int]
 
 MACS_PER_MOVED = 24
 """Multiply-accumulates that one element written or read by a resize, a shuffle or a copy is worth in time."""
@@ -80,9 +78,10 @@ def fold(model: Model, example_input: Any = None, *, force: bool = False) -> Mod
     """
     plans = _plan(model, example_input, force)
     folded = copy.deepcopy(model)
-    for decision, build in plans:
-        if build is not None:
-            new = build()
+    for decision, new in plans:
+        if new is not None:
+            # The replacement's `before` is still the original's: nothing of the original may be shared.
+            new = copy.deepcopy(new)
             if decision.name == "":
                 return new  # type: ignore[return-value]
             surgery.swap(folded, decision.name, new)
@@ -101,9 +100,7 @@ def fold_decisions(model: nn.Module, example_input: Any = None, *, force: bool =
     return tuple(decision for decision, _ in _plan(model, example_input, force))
 
 
-def _plan(
-    model: nn.Module, example_input: Any, force: bool
-) -> list[tuple[FoldDecision, Callable[[], nn.Module] | None]]:
+def _plan(model: nn.Module, example_input: Any, force: bool) -> list[tuple[FoldDecision, nn.Module | None]]:
     found = {name: conv for name, conv in model.named_modules() if isinstance(conv, ResizedConv2d) and _resizes(conv)}
     if not found:
         return []
@@ -143,45 +140,41 @@ def _input_shapes(model: nn.Module, names: Any, example_input: Any) -> dict[str,
 
 def _decide(
     name: str, conv: ResizedConv2d, shapes: list[torch.Size], force: bool
-) -> tuple[FoldDecision, Callable[[], nn.Module] | None]:
-    """Weigh one convolution; return the decision and, if it is to fold, what builds the replacement."""
+) -> tuple[FoldDecision, nn.Module | None]:
+    """Weigh one convolution; return the decision and, if it is to fold, the replacement."""
     kept = FoldDecision(name=name, folded=False, reason="")
     reason = _obstacle(conv)
     if reason is None and not shapes:
         reason = "the example input does not reach it"
     if reason is not None:
         return replace(kept, reason=reason), None
-    grids = [_grid(conv, shape) for shape in shapes]
-    seen, grid = grids[0]
-    per_position = conv.weight.shape[1] * conv.out_channels
-    macs = per_position * math.prod(conv.kernel_size) * math.prod(grid)
-    kept = replace(kept, macs_before=macs)
+    sides = [_sides(conv, shape) for shape in shapes]
+    seen, grid = sides[0]
     try:
-        geometry = _geometry(conv, grid)
-        for _, other in grids:
-            for n, axis in zip(other, geometry, strict=True):
-                output_side(n, axis.phases.p, axis.phases.q, axis.phases.only, axis.phases.multiple, axis.phases.most)
-    except ValueError as error:
+        axes = axes_of(conv, grid)
+        for _, other in sides:
+            for n, along in zip(other, (axes[0].phases, axes[1].phases), strict=True):
+                output_side(n, along.p, along.q, along.only, along.multiple, along.most)
+    except ValueError as error:  # the resize does not repeat, or not at this size
         return replace(kept, reason=str(error)), None
-    if all(axis.phases.p == axis.phases.q for axis in geometry):
+    if all(axis.phases.p == axis.phases.q for axis in axes):
         return replace(kept, reason="the resize changes nothing at this size"), None
-    bank = per_position * math.prod(axis.phases.p * axis.taps for axis in geometry)
+    before, after = _costs(conv, axes, seen, grid)
+    kept = replace(kept, macs_before=before.macs, macs_after=after.macs)
+    bank = conv.weight.shape[0] * conv.weight.shape[1] * math.prod(axis.phases.p * axis.taps for axis in axes)
     if bank > MAX_BANK:
-        return replace(kept, reason=f"the folded kernel would have {bank:.1e} elements, more than {MAX_BANK:.1e}"), None
-    after, before_cost, after_cost = _costs(conv, geometry, seen, grid)
-    kept = replace(kept, macs_after=after)
-    cheaper = after_cost < before_cost
-    ratio = f"{after_cost / before_cost:.2f} of the cost with the traffic of the resize counted in"
+        return replace(kept, reason=f"the folded kernel would have {bank} elements, more than {MAX_BANK}"), None
+    cheaper = after.total < before.total
+    ratio = f"{after.total / before.total:.2f} of the cost, with the traffic of the resize counted in"
     if not cheaper and not force:
-        return replace(kept, reason=f"folding would be {ratio}"), None
-    error = None
-    if not conv.weight.is_meta:
-        error = _largest_error(conv, _build(conv, geometry), shapes[0])
-        tolerance = _TOLERANCE.get(conv.weight.dtype, 0.0)
-        if not error <= tolerance and not force:
-            return replace(kept, reason=f"relative difference {error:.1e} on a random image, over {tolerance:.0e}"), None
+        return replace(kept, reason=f"folded, it would have {ratio}"), None
+    folded = build(conv, axes)
+    error = None if conv.weight.is_meta else _largest_error(conv, folded, shapes[0])
+    tolerance = _TOLERANCE.get(conv.weight.dtype, 0.0)
+    if error is not None and not error <= tolerance and not force:
+        return replace(kept, reason=f"relative difference {error:.1e} on a random image, over {tolerance:.0e}"), None
     reason = ratio if cheaper else f"forced, at {ratio}"
-    return replace(kept, folded=True, reason=reason, max_error=error), lambda: _build(conv, geometry)
+    return replace(kept, folded=True, reason=reason, max_error=error), folded
 
 
 def _obstacle(conv: ResizedConv2d) -> str | None:
@@ -200,9 +193,59 @@ def _obstacle(conv: ResizedConv2d) -> str | None:
     return None
 
 
-def _grid(conv: ResizedConv2d, shape: torch.Size) -> tuple[Pair, Pair]:
-    """Return the grids that the convolution sees (its own run-time padding included) and makes."""
-    clone = surgery.clone_shared(conv, "meta")
-    assert_type = clone
-    x = assert_type.before(torch.empty(1, *shape[-3:], device="meta", dtype=conv.weight.dtype))  # type: ignore[operator]
-    return x, x  # type: ignore[return-value]
+def _sides(conv: ResizedConv2d, shape: torch.Size) -> tuple[Pair, Pair]:
+    """Return the sides that the convolution sees, its own padding included, and those of the grid that it makes."""
+    before, stride = conv.before, conv.stride
+    height, width = before.target(shape[-2], shape[-1]) if isinstance(before, Resize2d) else shape[-2:]
+    if conv.same_padding:
+        image = torch.empty(1, 1, height, width, device="meta")
+        height, width = pad_same(image, conv.kernel_size, conv.stride, conv.dilation).shape[-2:]
+    top, left = padding_of(conv)
+    seen = (height + sum(top), width + sum(left))
+    reach = [conv.dilation[axis] * (conv.kernel_size[axis] - 1) + 1 for axis in (0, 1)]
+    return seen, ((seen[0] - reach[0]) // stride[0] + 1, (seen[1] - reach[1]) // stride[1] + 1)
+
+
+@dataclass(frozen=True)
+class _Cost:
+    """Multiply-accumulates, and elements read or written by anything but a convolution's own arithmetic."""
+
+    macs: int
+    moved: int
+
+    @property
+    def total(self) -> int:
+        return self.macs + MACS_PER_MOVED * self.moved
+
+
+def _costs(conv: ResizedConv2d, axes: tuple[Axis, Axis], seen: Pair, grid: Pair) -> tuple[_Cost, _Cost]:
+    """Return the cost of the convolution and its resize, and of the folded convolution, at batch 1."""
+    channels = conv.out_channels
+    taps = conv.weight.shape[1] * math.prod(conv.kernel_size)
+    phases = axes[0].phases, axes[1].phases
+    small = math.prod(n * along.p // along.q for n, along in zip(grid, phases, strict=True))
+    full = math.prod(grid)
+    before = _Cost(full * channels * taps, channels * (2 * full + small))
+    p = phases[0].p * phases[1].p
+    positions = math.prod(axis.positions(side) for axis, side in zip(axes, seen, strict=True)) * p
+    macs = positions * channels * conv.weight.shape[1] * axes[0].taps * axes[1].taps
+    moved = channels * positions * (3 if p > 1 else 1)
+    if any(axis.extra != (0, 0) for axis in axes):
+        moved += 2 * conv.in_channels * math.prod(seen)
+    for along, n, other in zip(phases, grid, reversed(grid), strict=True):
+        if along.head + along.tail > 0:
+            # As fill_borders cuts its strips: whole blocks that hold the border and one that is only the cut's.
+            blocks = -(-(along.head + along.tail) // along.p)
+            strips = min(n, blocks * along.q) + min(n, (blocks + 1) * along.q)
+            macs += strips * other * channels * taps
+            moved += strips * other * channels * 3
+    return before, _Cost(macs, moved)
+
+
+def _largest_error(conv: ResizedConv2d, folded: nn.Module, shape: torch.Size) -> float:
+    """Return the largest difference on a random image over the largest output."""
+    generator = torch.Generator().manual_seed(0)
+    image = torch.randn(1, *shape[-3:], generator=generator).to(conv.weight.device, conv.weight.dtype)
+    with torch.no_grad():
+        expected = conv(image).double()
+        return float((folded(image).double() - expected).abs().max() / expected.abs().max().clamp_min(1e-30))

@@ -1,4 +1,4 @@
-"""Measure any `nn.Module`: MACs, parameters, bytes, live activations, real memory and latency; knows nothing of specs."""
+"""Measure any `nn.Module`: MACs, parameters, live activations, real memory and latency; knows nothing of specs."""
 
 from rescompress.measure.crosscheck import CrossCheck, crosscheck_macs
 from rescompress.measure.latency import Latency, SpeedUp, time_models

@@ -55,10 +55,8 @@ def peak_bytes(was_reset: bool) -> int:
 
 def _give_back_freed_memory() -> None:
     gc.collect()
-    try:
+    with contextlib.suppress(AttributeError, OSError):  # only glibc has it
         ctypes.CDLL(None).malloc_trim(0)
-    except (AttributeError, OSError):  # not glibc
-        pass
 
 
 def main(folder: Path) -> None:

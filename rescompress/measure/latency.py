@@ -2,6 +2,7 @@
 
 import gc
 import math
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -97,8 +98,8 @@ def time_models(
     modes, the buffers and the random state of the models come back at the end.
 
     Returns:
-        the latencies per model, by batch size in the order given, and a note for each batch size that one of the
-        models refused and that was left out for all.
+        the latencies per model, by batch size in the order given, and notes: on each batch size that one of
+        the models refused and that was left out for all, and on a machine that is busy with other things.
 
     Raises:
         MeasureError: no batch size could be run.
@@ -113,6 +114,7 @@ def time_models(
     except InputError as error:
         notes.append(f"latency only for the input as it is, told as batch 1: {error}")
         given, batch_sizes = 1, (1,)
+    notes += _busy()
     timed: dict[str, list[Latency]] = {name: [] for name in models}
     for batch_size in batch_sizes:
         if progress is not None:
@@ -126,6 +128,17 @@ def time_models(
     if not any(timed.values()):
         raise MeasureError("; ".join(notes) or "no batch size to time was given")
     return timed, notes
+
+
+def _busy() -> list[str]:
+    """Say so if other processes want the machine's cores: times are then too long, and ratios may be wrong as well."""
+    cores = os.cpu_count() or 1
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    return (
+        [f"the machine is busy (load {load:.1f} on {cores} cores): latencies are too long"]
+        if load > 1.5 * cores
+        else []
+    )
 
 
 def _take_turns(models: Mapping[str, nn.Module], args: Args, budget_s: float) -> dict[str, list[float]]:

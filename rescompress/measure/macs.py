@@ -1,4 +1,4 @@
-"""Count the multiply-accumulates (MACs) of one forward pass, every matrix product visible, and say what was not counted.
+"""Count the multiply-accumulates (MACs) of one forward pass, every matrix product visible, and name what was left out.
 
 Convolutions and matrix products count; elementwise operations, norms, pooling, interpolation, softmax and views do
 not, by convention. The formulas are those of `torch.utils.flop_counter`, whose FLOPs are twice the MACs.
@@ -211,7 +211,7 @@ def count_macs(model: nn.Module, example_input: Any) -> MacCount:
     """
     args, kwargs = as_args(example_input)
     try:
-        # Without gradients: the tracker of torch's counter fails on a parameter that is passed to a module under no_grad.
+        # Without gradients: the tracker of torch's counter fails on a parameter that a module gets under no_grad.
         shell = clone_shared(model, "meta").eval().requires_grad_(False)
         return _count(shell, on_device(args, "meta"), on_device(kwargs, "meta"), "meta")
     except (

@@ -149,8 +149,6 @@ class Comparison:
         for old, new in self._pairs():
             ratio = self._ratio(old, new)
             shown = "" if ratio is None else f"(x{ratio:.3f})"
-            if ratio is not None and old.key.startswith("latency"):
-                shown = f"(x{ratio:.3f}, {1 / ratio:.2f} times as fast)"
             yield old.label, f"{old.text} => {new.text}", shown
 
     def _remarks(self) -> list[str]:
@@ -174,14 +172,14 @@ def _quantities(report: Report) -> Iterator[_Quantity]:
     yield _Quantity("parameters", "parameters", report.parameters, format_count(report.parameters))
     memory = [
         ("weight_bytes", "weights", report.weight_bytes),
-        ("inference_live_bytes", "peak live activations, inference", report.inference_live_bytes),
-        ("training_live_bytes", "peak live activations, training step", report.training_live_bytes),
+        ("inference_live_bytes", "live activations, inference", report.inference_live_bytes),
+        ("training_live_bytes", "live activations, training step", report.training_live_bytes),
     ]
     if report.peak is not None:
         memory += [
-            ("peak_load_bytes", "measured memory, loading the model", report.peak.load_bytes),
-            ("peak_run_bytes", "measured peak memory, running it", report.peak.run_bytes),
-            ("peak_reserved_bytes", "measured peak, reserved by the allocator", report.peak.reserved_bytes),
+            ("peak_load_bytes", "measured memory, loading", report.peak.load_bytes),
+            ("peak_run_bytes", "measured memory, running", report.peak.run_bytes),
+            ("peak_reserved_bytes", "measured memory, reserved", report.peak.reserved_bytes),
         ]
     for key, label, value in memory:
         if value is not None:
@@ -190,7 +188,7 @@ def _quantities(report: Report) -> Iterator[_Quantity]:
         spread = f"{latency.q1_ms:.4g} to {latency.q3_ms:.4g}"
         yield _Quantity(
             f"latency_batch_{latency.batch_size}",
-            f"latency, batch {latency.batch_size}, median (quartiles)",
+            f"latency, batch {latency.batch_size} (quartiles)",
             latency.median_ms,
             f"{latency.median_ms:.4g} ms ({spread})",
         )

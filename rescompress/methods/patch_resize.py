@@ -86,7 +86,7 @@ class PatchResize(Step):
             return as_pair("patch_resize.patch_size", self.patch_size)
         if self.scale is None or self.scale == 1.0:
             return anatomy.patch_size
-        # Nearest grid first, then the smaller one, then the patch that leaves the least of the image unread.
+        # Nearest grid first, then the smaller one, then the patch that leaves the least unread, then the nearest patch.
         sides = []
         for axis in (0, 1):
             side, old = image[axis], cells(image, anatomy.patch_size, anatomy.pads_image)[axis]
@@ -94,6 +94,8 @@ class PatchResize(Step):
             for patch in range(anatomy.patch_size[axis], side + 1):
                 new = cells((side, side), (patch, patch), anatomy.pads_image)
                 if image[0] != image[1] or can_express(anatomy, new):
-                    ranked.append((round(abs(new[0] / old - self.scale), 9), new[0], side % patch, patch))
+                    unread = 0 if anatomy.pads_image else side % patch
+                    off = abs(patch - anatomy.patch_size[axis] / self.scale)
+                    ranked.append((round(abs(new[0] / old - self.scale), 9), new[0], unread, off, patch))
             sides.append(min(ranked)[-1])
         return (sides[0], sides[1])
