@@ -121,9 +121,7 @@ def default_spec(anatomy: Anatomy, scale: float) -> Spec:
     raise SpecError(f"a plain scale has no meaning for a {anatomy.family} network; give a spec")
 
 
-def self_check(
-    model: nn.Module, spec: Spec, anatomy: Anatomy, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> None:
+def self_check(model: nn.Module, spec: Spec, anatomy: Anatomy, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Try a spec on clones that share the model's weights: at zero reduction, then as it is.
 
     Raises:
@@ -142,8 +140,8 @@ def self_check(
     difference = _difference(reference, same)
     if difference is not None:
         raise UnsupportedModelError(
-            f"{kinds} at zero reduction changes what this {type(model).__name__} computes ({difference}); it is refused "
-            "rather than returned wrong"
+            f"{kinds} at zero reduction changes what this {type(model).__name__} computes ({difference}); "
+            "it is refused rather than returned wrong"
         )
     small = _run(reduced, args, kwargs, f"this {type(model).__name__} does not work on the smaller grid of {kinds}")
     problem = _not_alike(reference, small)
@@ -166,7 +164,7 @@ def _anatomy_of(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
 
 def _resolve(spec: SpecLike | None, scale: float | None, anatomy: Anatomy) -> Spec:
     if (spec is None) == (scale is None):
-        raise SpecError("compress takes either a spec or a scale" + (", not both" if spec is not None else ""))
+        raise SpecError(f"compress takes either a spec or a scale, got spec={spec!r} and scale={scale!r}")
     if scale is not None:
         return default_spec(anatomy, scale)
     if isinstance(spec, Step):

@@ -7,6 +7,7 @@ arithmetic; `rescompress.layers.phases` finds the pattern of the interpolation, 
 import copy
 import math
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -17,7 +18,7 @@ from torch.utils._pytree import tree_map
 from rescompress import surgery
 from rescompress.errors import RescompressWarning, UnsupportedModelError
 from rescompress.inputs import as_args, default_input
-from rescompress.layers.composite import Axis, Pair, axes_of, build, padding_of
+from rescompress.layers.composite import Axis, Pair, as_pair, axes_of, build, padding_of
 from rescompress.layers.folded import output_side
 from rescompress.layers.resize import Resize2d, ResizedConv2d, pad_same
 
@@ -121,9 +122,13 @@ def _input_shapes(model: nn.Module, names: Any, example_input: Any) -> dict[str,
         shapes: dict[str, list[torch.Size]] = {name: [] for name in names}
         for name in names:
             seen = shapes[name]
-            surgery.get(clone, name).register_forward_pre_hook(lambda _, inputs, seen=seen: seen.append(inputs[0].shape))
+            surgery.get(clone, name).register_forward_pre_hook(
+                lambda _, inputs, seen=seen: seen.append(inputs[0].shape)
+            )
         with torch.no_grad():
-            moved = tree_map(lambda leaf: leaf.to(device) if device and isinstance(leaf, Tensor) else leaf, (args, kwargs))
+            moved = tree_map(
+                lambda leaf: leaf.to(device) if device and isinstance(leaf, Tensor) else leaf, (args, kwargs)
+            )
             clone(*moved[0], **moved[1])
         return shapes
 
@@ -134,8 +139,15 @@ def _input_shapes(model: nn.Module, names: Any, example_input: Any) -> dict[str,
             return run(None)
         except Exception as error:
             raise UnsupportedModelError(
-                f"this {type(model).__name__} does not run on the example input: {error}; give an example_input it takes"
+                f"this {type(model).__name__} does not run on the example input ({error}); give an example_input for it"
             ) from error
+
+
+def _recorder(seen: list[torch.Size]) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+    def record(_: nn.Module, inputs: tuple[Any, ...]) -> None:
+        seen.append(inputs[0].shape)
+
+    return record
 
 
 def _decide(
@@ -169,12 +181,12 @@ def _decide(
     if not cheaper and not force:
         return replace(kept, reason=f"folded, it would have {ratio}"), None
     folded = build(conv, axes)
-    error = None if conv.weight.is_meta else _largest_error(conv, folded, shapes[0])
+    off = None if conv.weight.is_meta else _largest_error(conv, folded, shapes[0])
     tolerance = _TOLERANCE.get(conv.weight.dtype, 0.0)
-    if error is not None and not error <= tolerance and not force:
-        return replace(kept, reason=f"relative difference {error:.1e} on a random image, over {tolerance:.0e}"), None
+    if off is not None and not off <= tolerance and not force:  # `not <=` so that NaN is refused too
+        return replace(kept, reason=f"relative difference {off:.1e} on a random image, over {tolerance:.0e}"), None
     reason = ratio if cheaper else f"forced, at {ratio}"
-    return replace(kept, folded=True, reason=reason, max_error=error), folded
+    return replace(kept, folded=True, reason=reason, max_error=off), folded
 
 
 def _obstacle(conv: ResizedConv2d) -> str | None:
@@ -199,7 +211,8 @@ def _sides(conv: ResizedConv2d, shape: torch.Size) -> tuple[Pair, Pair]:
     height, width = before.target(shape[-2], shape[-1]) if isinstance(before, Resize2d) else shape[-2:]
     if conv.same_padding:
         image = torch.empty(1, 1, height, width, device="meta")
-        height, width = pad_same(image, conv.kernel_size, conv.stride, conv.dilation).shape[-2:]
+        padded = pad_same(image, as_pair(conv.kernel_size), as_pair(stride), as_pair(conv.dilation))
+        height, width = padded.shape[-2:]
     top, left = padding_of(conv)
     seen = (height + sum(top), width + sum(left))
     reach = [conv.dilation[axis] * (conv.kernel_size[axis] - 1) + 1 for axis in (0, 1)]

@@ -172,12 +172,17 @@ class Spec:
             SpecError: not a spec, of another schema, or with an unknown kind, option or value.
         """
         if not isinstance(data, Mapping) or not isinstance(data.get("steps"), list):
-            raise SpecError(f"a spec must look like {{schema: 1, steps: [{{kind: stem_resize, scale: 0.5}}]}}, got {data!r}")
+            raise SpecError(
+                f"a spec must look like {{schema: 1, steps: [{{kind: stem_resize, scale: 0.5}}]}}, got {data!r}"
+            )
         unknown = set(data) - {"schema", "steps"}
         if unknown:
             raise SpecError(f"a spec has no key {min(unknown, key=str)!r}; known: schema, steps")
         if data.get("schema", SCHEMA) != SCHEMA:
-            raise SpecError(f"spec schema {data['schema']!r} is not known to this version, which reads {SCHEMA}; upgrade rescompress")
+            raise SpecError(
+                f"spec schema {data['schema']!r} is not known to this version, which reads {SCHEMA}; "
+                "upgrade rescompress"
+            )
         return cls(tuple(Step.from_dict(step) for step in data["steps"]))
 
     def to_json(self) -> str:
@@ -265,7 +270,9 @@ def check_choice(option: str, value: object, choices: tuple[str, ...]) -> None:
         SpecError: it is not.
     """
     if value not in choices:
-        raise SpecError(f"{option} must be one of {', '.join(choices)}; got {value!r}{did_you_mean(str(value), choices)}")
+        raise SpecError(
+            f"{option} must be one of {', '.join(choices)}; got {value!r}{did_you_mean(str(value), choices)}"
+        )
 
 
 def as_pair(option: str, value: object, minimum: int = 1) -> tuple[int, int]:

@@ -59,7 +59,7 @@ def insert_after(model: nn.Module, fqn: str, name: str, new: nn.Module) -> None:
         if key == child_name:
             children[name] = new
     parent._modules.clear()  # in place: the dict itself may be shared with views of the container
-    parent._modules.update(children)
+    parent._modules.update(children)  # type: ignore[arg-type]  # torch types it without None
 
 
 def get_parameter(model: nn.Module, fqn: str) -> Tensor:
@@ -103,9 +103,10 @@ def clone_shared(model: nn.Module, device: torch.device | str | None = None) -> 
 def output_grid(conv: nn.Module, grid: Grid) -> Grid:
     """Return the grid of the map that a convolution alone, without any resizing, makes of a `grid` of pixels."""
     clone = clone_shared(conv, "meta")
+    channels: Any = conv.in_channels
     dtype = next(clone.parameters()).dtype
     with torch.no_grad():
-        image = torch.empty(1, conv.in_channels, *grid, device="meta", dtype=dtype)
+        image = torch.empty((1, int(channels), *grid), device="meta", dtype=dtype)
         shape = (clone.conv(image) if isinstance(clone, ResizedConv2d) else clone(image)).shape
     return (int(shape[-2]), int(shape[-1]))
 

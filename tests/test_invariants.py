@@ -127,8 +127,10 @@ def block_macs(pair: Pair) -> float:
     """Return the MACs of a ViT whose blocks see fewer tokens, from its dimensions alone."""
     anatomy = describe(pair.original, (pair.x,))
     merged = rc.compress(pair.original, pair.step, example_input=pair.x)._rescompress.anatomy.num_patch_tokens
-    width = pair.original.get_submodule(anatomy.blocks[0]).mlp[0].in_features if "torchvision" in pair.name else (
-        pair.original.embed_dim
+    width = (
+        pair.original.get_submodule(anatomy.blocks[0]).mlp[0].in_features
+        if "torchvision" in pair.name
+        else (pair.original.embed_dim)
     )
     hidden = next(m for m in pair.original.get_submodule(anatomy.blocks[0]).mlp.modules() if isinstance(m, nn.Linear))
     batch, prefix, full = pair.x.shape[0], anatomy.num_prefix_tokens, anatomy.num_patch_tokens[0]

@@ -121,7 +121,7 @@ def test_missing_file_and_bad_json(tmp_path: Path) -> None:
 
 
 def test_stages_never_go_back() -> None:
-    with pytest.raises(rc.SpecError, match="'input_resize' .* must come before 'token_merge'"):
+    with pytest.raises(rc.SpecError, match=r"'input_resize' .* must come before 'token_merge'"):
         rc.Spec.of(rc.TokenMerge(r=1), rc.InputResize(scale=0.5))
     with pytest.raises(rc.SpecError, match="holds steps"):
         rc.Spec.of({"kind": "stem_resize"})

@@ -76,9 +76,7 @@ UNSUPPORTED: dict[tuple[str, str], str] = {
 }
 """(kind of model, method): why the two do not go together. Each is refused with a reason."""
 
-PAIRS = [
-    (model, step) for model, case in MODELS.items() for step in STEPS if (case.kind, step) not in UNSUPPORTED
-]
+PAIRS = [(model, step) for model, case in MODELS.items() for step in STEPS if (case.kind, step) not in UNSUPPORTED]
 REFUSED = [(model, step) for model, case in MODELS.items() for step in STEPS if (case.kind, step) in UNSUPPORTED]
 
 

@@ -3,7 +3,8 @@
 import argparse
 
 MODEL_HELP = (
-    "timm:resnet50 (the prefix timm: may be left out), torchvision:vit_b_16, hf:DIRECTORY_OR_ID, or package.module:factory"
+    "timm:resnet50 (the prefix timm: may be left out), torchvision:vit_b_16, hf:DIRECTORY_OR_ID, or "
+    "package.module:factory"
 )
 
 
@@ -15,7 +16,10 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     source.add_argument("--weights", metavar="FILE", help="a state dict of this model: .safetensors, .pth, .pt or .bin")
     source.add_argument("--random", action="store_true", help="random weights, nothing is downloaded")
     group.add_argument(
-        "--input-size", metavar="SIZE", type=input_size, help="side of the image in pixels, 192, or height x width, 192x256"
+        "--input-size",
+        metavar="SIZE",
+        type=input_size,
+        help="side of the image in pixels, 192, or height x width, 192x256",
     )
     group.add_argument("--num-classes", metavar="N", type=positive_int, help="classes of the head")
 
@@ -30,7 +34,9 @@ def add_image(parser: argparse.ArgumentParser) -> None:
 def add_measuring(parser: argparse.ArgumentParser) -> None:
     """Add what is measured and how it is printed."""
     parser.add_argument(
-        "--quick", action="store_true", help="no latency and no measured peak memory: what can be computed without running"
+        "--quick",
+        action="store_true",
+        help="no latency and no measured peak memory: what can be computed without running",
     )
     parser.add_argument("--json", action="store_true", help="print JSON on stdout; progress goes to stderr")
 
@@ -39,7 +45,9 @@ def input_size(text: str) -> tuple[int, int]:
     """Read 224 or 192x256 as (height, width)."""
     sides = text.lower().split("x")
     if len(sides) > 2 or not all(side.isascii() and side.isdigit() and int(side) > 0 for side in sides):
-        raise argparse.ArgumentTypeError(f"expected pixels such as 224, or height x width such as 192x256, got {text!r}")
+        raise argparse.ArgumentTypeError(
+            f"expected pixels such as 224, or height x width such as 192x256, got {text!r}"
+        )
     return int(sides[0]), int(sides[-1])
 
 

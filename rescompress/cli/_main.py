@@ -62,7 +62,10 @@ def _parser() -> Parser:
     for module in _COMMANDS:
         name = module.__name__.rpartition(".")[2]
         command = commands.add_parser(
-            name, help=module.SUMMARY, description=f"{module.SUMMARY[0].upper()}{module.SUMMARY[1:]}.", epilog=module.EPILOG
+            name,
+            help=module.SUMMARY,
+            description=f"{module.SUMMARY[0].upper()}{module.SUMMARY[1:]}.",
+            epilog=module.EPILOG,
         )
         module.add_arguments(command)
         command.add_argument("--debug", action="store_true", help="show tracebacks and the warnings of other libraries")

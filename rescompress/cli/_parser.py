@@ -38,5 +38,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Say what is wrong in one line and end with code 2."""
-        console.error(message if "--help" in message or "did you mean" in message else f"{message}; see {self.prog} --help")
+        console.error(
+            message if "--help" in message or "did you mean" in message else f"{message}; see {self.prog} --help"
+        )
         raise SystemExit(2)

@@ -2,13 +2,14 @@
 
 from typing import Any
 
-import timm
-from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset, resolve_data_config
+import timm.data
 from torch import nn
 
-from rescompress.cli import download
+from rescompress.cli import console, download
 from rescompress.cli.models import Loaded, Request, build, nearest, say_random
 from rescompress.errors import InputError
+
+_data: Any = timm.data  # half of it has no types
 
 
 def load(name: str, request: Request) -> Loaded:
@@ -25,7 +26,7 @@ def load(name: str, request: Request) -> Loaded:
     if request.input_size is not None and config.fixed_input_size:
         options["img_size"] = request.input_size
     model, weights = _with_weights(reference, name, config, options, request)
-    data = resolve_data_config({}, model=model)
+    data = _data.resolve_data_config({}, model=model)
     channels, *own_size = data["input_size"]
     if channels != 3:
         raise InputError(f"{reference} takes images of {channels} channels; only photographs (3) can be run")
@@ -35,7 +36,7 @@ def load(name: str, request: Request) -> Loaded:
         reference=reference,
         model=model,
         input_size=size,
-        transform=create_transform(**data),
+        transform=_data.create_transform(**data),
         preprocessing={
             key: list(value) if isinstance(value, tuple) else value
             for key, value in data.items()
@@ -78,6 +79,8 @@ def _with_weights(
         if config.has_weights:
             model, reason = _pretrained(name, config, options)
             if model is not None:
+                if options.get("num_classes", config.num_classes) != config.num_classes:
+                    console.warning(f"the head for {options['num_classes']} classes is new and random")
                 return model, "pretrained"
     model = build(reference, lambda: timm.create_model(name, **options))
     if request.weights is not None:
@@ -102,8 +105,8 @@ def _pretrained(name: str, config: Any, options: dict[str, Any]) -> tuple[nn.Mod
 
 
 def _labels(model: nn.Module) -> tuple[str, ...] | None:
-    subset = infer_imagenet_subset(model)
+    subset = _data.infer_imagenet_subset(model)
     if not subset:
         return None
-    info = ImageNetInfo(subset)
+    info = _data.ImageNetInfo(subset)
     return tuple(info.index_to_description(index) for index in range(info.num_classes()))

@@ -1,15 +1,18 @@
 """Models of Hugging Face: `hf:DIRECTORY_OR_ID`, a folder of `save_pretrained` or a name on the hub."""
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any
 
-from transformers import AutoConfig, AutoModel, AutoModelForImageClassification
+import transformers
 
 from rescompress.cli import download
 from rescompress.cli.images import plain_preprocessing, plain_transform
 from rescompress.cli.models import Loaded, Request, build, say_random
 from rescompress.errors import InputError
 from rescompress.inputs import default_input
+
+_hf: Any = transformers  # half of it has no types
 
 
 def load(name: str, request: Request) -> Loaded:
@@ -20,20 +23,23 @@ def load(name: str, request: Request) -> Loaded:
     """
     reference = f"hf:{name}"
     local = Path(name).is_dir()
+    access: AbstractContextManager[None] = nullcontext()
+    hint = ""
     if not local and not download.reachable(download.hub_url()):
         access, hint = download.hub_cache_only(), f"; {download.host_of(download.hub_url())} cannot be reached"
-    else:
-        access, hint = nullcontext(), ""
-    options = {} if request.num_classes is None else {"num_labels": request.num_classes, "ignore_mismatched_sizes": True}
+    labels = {} if request.num_classes is None else {"num_labels": request.num_classes}
+    _hf.utils.logging.set_verbosity_error()  # importing transformers undoes what the command line set
+    _hf.utils.logging.disable_progress_bar()
     with access:
         try:
-            config = AutoConfig.from_pretrained(name, **({} if request.num_classes is None else {"num_labels": request.num_classes}))
+            config = _hf.AutoConfig.from_pretrained(name, **labels)
         except Exception as error:
             raise InputError(f"no Hugging Face model {name!r}: {' '.join(str(error).split())[:200]}{hint}") from error
-        classifies = type(config) in AutoModelForImageClassification._model_mapping
-        auto = AutoModelForImageClassification if classifies else AutoModel
+        classifier = _hf.AutoModelForImageClassification
+        classifies = type(config) in classifier._model_mapping
+        auto = classifier if classifies else _hf.AutoModel
         if request.wants_pretrained:
-            model = build(reference, lambda: auto.from_pretrained(name, **options))
+            model = build(reference, lambda: auto.from_pretrained(name, ignore_mismatched_sizes=bool(labels), **labels))
         else:
             model = build(reference, lambda: auto.from_config(config))
     if request.random:

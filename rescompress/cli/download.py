@@ -1,4 +1,4 @@
-"""Find out quickly whether pretrained weights can be had, and keep the libraries that fetch them from trying for minutes.
+"""Find out quickly whether pretrained weights can be had, instead of letting libraries try for minutes.
 
 Without a network, timm's download retries for 46 seconds before it gives up; asking for one connection first takes
 milliseconds, or a few seconds where packets vanish.

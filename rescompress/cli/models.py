@@ -100,20 +100,21 @@ def load_model(request: Request) -> Loaded:
 
 def _provider(source: str, name: str) -> Provider:
     if source == "timm":
-        return _optional("timm", "timm").load
+        return _optional("timm", "timm")
     if source == "torchvision":
-        return _optional("torchvision", "torchvision").load
+        return _optional("torchvision", "torchvision")
     if source == "hf":
-        return _optional("transformers", "hf").load
+        return _optional("transformers", "hf")
     return lambda factory, request: _from_factory(source, factory, request)
 
 
-def _optional(library: str, extra: str) -> Any:
+def _optional(library: str, extra: str) -> Provider:
     try:
         importlib.import_module(library)
     except ModuleNotFoundError as error:
         raise InputError(f"{library} is not installed; pip install 'rescompress[{extra}]'") from error
-    return importlib.import_module(f"rescompress.cli._{library}")
+    provider: Provider = importlib.import_module(f"rescompress.cli._{library}").load
+    return provider
 
 
 def _from_factory(module_name: str, attribute: str, request: Request) -> Loaded:

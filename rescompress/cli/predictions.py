@@ -65,7 +65,9 @@ def side_by_side(before: Sequence[Prediction], after: Sequence[Prediction], titl
         table.add_column(name)
         table.add_column("", justify="right")
     for place, (a, b) in enumerate(zip(before, after, strict=True), 1):
-        table.add_row(str(place), a.label, f"{a.probability:.1%}", b.label, f"{b.probability:.1%}")
+        # The first of several synonyms will do here.
+        names = [one.label.partition(",")[0] for one in (a, b)]
+        table.add_row(str(place), names[0], f"{a.probability:.1%}", names[1], f"{b.probability:.1%}")
     return table
 
 

@@ -60,7 +60,9 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
             loaded = loaded[name]
             break
     if not isinstance(loaded, Mapping) or not loaded or not all(isinstance(value, Tensor) for value in loaded.values()):
-        raise InputError(f"{path} holds no state dict (names and tensors); write one with torch.save(model.state_dict(), file)")
+        raise InputError(
+            f"{path} holds no state dict (names and tensors); write one with torch.save(model.state_dict(), file)"
+        )
     return {str(name): value for name, value in loaded.items()}
 
 

@@ -1,11 +1,12 @@
 """What a header says of a model: its spec, inputs, preprocessing, weights and the versions that wrote it."""
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from importlib import metadata
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import rescompress
 from rescompress.compress import record_of
@@ -39,7 +40,8 @@ def describe_model(model: nn.Module) -> dict[str, Any]:
 def describe_inputs(inputs: Args) -> list[dict[str, Any]]:
     """Return shape and dtype of every tensor that the model takes."""
     return [
-        {"shape": list(tensor.shape), "dtype": str(tensor.dtype).removeprefix("torch.")} for tensor in tensors_of(inputs)
+        {"shape": list(tensor.shape), "dtype": str(tensor.dtype).removeprefix("torch.")}
+        for tensor in tensors_of(inputs)
     ]
 
 
@@ -61,10 +63,8 @@ def describe_versions(model: nn.Module) -> dict[str, str]:
     versions = {"rescompress": rescompress.__version__, "torch": torch.__version__}
     library = type(model).__module__.partition(".")[0]
     if library not in versions:
-        try:
+        with contextlib.suppress(metadata.PackageNotFoundError):  # a class of the user's own script
             versions[library] = metadata.version(library)
-        except metadata.PackageNotFoundError:  # a class of the user's own script
-            pass
     return versions
 
 
@@ -95,4 +95,4 @@ def describe_report(report: Any) -> dict[str, Any] | None:
 
 def _config_of(model: nn.Module) -> dict[str, Any]:
     config = getattr(model, "pretrained_cfg", None)
-    return dict(config) if isinstance(config, Mapping) and not isinstance(config, Tensor) else {}
+    return dict(config) if isinstance(config, Mapping) else {}

@@ -54,7 +54,9 @@ def replacing(path: Path) -> Iterator[Path]:
     """
     target = Path(os.path.realpath(path))  # through a link, not instead of it
     try:
-        with tempfile.TemporaryDirectory(prefix=".rescompress-", dir=target.parent, ignore_cleanup_errors=True) as folder:
+        with tempfile.TemporaryDirectory(
+            prefix=".rescompress-", dir=target.parent, ignore_cleanup_errors=True
+        ) as folder:
             new = Path(folder) / target.name
             yield new
             os.replace(new, target)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.jit._trace import TracerWarning
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
@@ -63,11 +64,12 @@ def write(
 def _refuse_what_cannot_be_saved(model: nn.Module) -> None:
     if isinstance(model, torch.jit.ScriptModule):
         raise ExportError("the model is TorchScript already; torch.jit.save writes it")
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+    tensors: list[tuple[str, Any]] = [*model.named_parameters(), *model.named_buffers()]
+    for name, tensor in tensors:
         if is_traceable_wrapper_subclass(tensor):
             # torch.jit.save can end the whole process on one of these.
             raise ExportError(
-                f"{name} is a {type(tensor).__name__}, which TorchScript cannot hold; write the model before quantizing it"
+                f"{name} is a {type(tensor).__name__}, which TorchScript cannot hold; write the model before quantizing"
             )
 
 
@@ -168,7 +170,7 @@ def _check_values(wanted: Tensor, got: Tensor, batch: int) -> None:
         distance = (got - wanted).nan_to_num(0.0).abs().max().item() / (size or 1.0)
     if not same:
         raise ExportError(
-            f"at batch size {batch} the written program's outputs differ from the model's by {distance:.3g} of their size"
+            f"at batch size {batch} the program's outputs differ from the model's by {distance:.3g} of their size"
         )
 
 
@@ -177,7 +179,7 @@ def _quietly() -> Iterator[None]:
     """Silence what torch.jit says of itself (deprecated since torch 2.11) and of tracing; what matters is checked."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=r".*torch\.jit")
-        warnings.filterwarnings("ignore", category=torch.jit.TracerWarning)
+        warnings.filterwarnings("ignore", category=TracerWarning)
         warnings.filterwarnings("ignore", category=UserWarning, module=r"torch\.jit")
         yield
 

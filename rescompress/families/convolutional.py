@@ -82,7 +82,7 @@ def _convolutions_called(
 
 FAMILY = Family(
     name="convolutional",
-    summary="any other convolutional network, probed by running it once (RegNet, ConvNeXt, MobileNet, EfficientNet, ...)",
+    summary="any other convolutional network, probed by one run (RegNet, ConvNeXt, MobileNet, EfficientNet, ...)",
     methods=("stem_resize", "input_resize"),
     hosts=(),
     describe=describe,

@@ -15,7 +15,7 @@ from rescompress.layers.resize import _interpolate, pad_same
 
 # A trace records Python's decisions about sizes once and for all. Compiled, they stay decisions, so that a traced file
 # refuses a wrong size as the module does.
-@torch.jit.script_if_tracing
+@torch.jit.script_if_tracing  # type: ignore[untyped-decorator]
 def output_side(n: int, p: int, q: int, only: int, multiple: int, most: int) -> int:
     """Return floor(n * p / q), the side of the resized map, for a map of side `n` that the rewrite holds for.
 
@@ -53,7 +53,7 @@ def output_side(n: int, p: int, q: int, only: int, multiple: int, most: int) -> 
     return n * p // q
 
 
-@torch.jit.script_if_tracing
+@torch.jit.script_if_tracing  # type: ignore[untyped-decorator]
 def fill_borders(
     out: Tensor,
     x: Tensor,
@@ -89,7 +89,13 @@ def fill_borders(
         scale: the resize's scale; None where it was given by size
         mode: the resize's mode
         antialias: the resize's antialias
+
+    Raises:
+        ValueError: the result is one pixel wide and antialiased, which torch itself gets wrong.
     """
+    if antialias and out.shape[3] == 1:
+        # torch 2.15 on the CPU: every row of an antialiased map of width 1 comes out as the first row.
+        raise ValueError("a folded antialiased resize cannot make a map of width 1; give a wider image")
     for axis in range(2):
         dim = axis + 2
         reach = dilation[axis] * (weight.shape[dim] - 1) + 1
@@ -298,7 +304,7 @@ class BorderedFoldedConv2d(FoldedConv2d):
         if bias is not None:  # the first phase of each channel
             bias = bias[:: self.p[0] * self.p[1]]
         scale = self.scale
-        return fill_borders(
+        filled: Tensor = fill_borders(
             out,
             x,
             self.border_weight,
@@ -314,3 +320,4 @@ class BorderedFoldedConv2d(FoldedConv2d):
             self.mode,
             self.antialias,
         )
+        return filled

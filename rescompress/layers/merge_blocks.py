@@ -3,7 +3,7 @@
 Bolya et al., "Token Merging: Your ViT But Faster", https://arxiv.org/abs/2210.09461, written from the paper.
 """
 
-from typing import Optional, Tuple  # noqa: UP035  TorchScript reads these
+from typing import Any, Optional, Tuple  # noqa: UP035  TorchScript reads these
 
 import torch
 from torch import Tensor, nn
@@ -27,11 +27,21 @@ class MergeAttention(nn.Module):
     @classmethod
     def from_attention(cls, attn: nn.Module) -> "MergeAttention":
         """Build from `timm.layers.attention.Attention`; its children are adopted, not copied."""
-        new = cls()
-        new.num_heads, new.head_dim, new.attn_dim = attn.num_heads, attn.head_dim, attn.attn_dim
-        for name in ("qkv", "q_norm", "k_norm", "attn_drop", "norm", "gate", "proj", "proj_drop"):
-            setattr(new, name, getattr(attn, name, None))
-        return new
+        return cls(attn)
+
+    def __init__(self, attn: Any) -> None:
+        super().__init__()
+        self.num_heads: int = attn.num_heads
+        self.head_dim: int = attn.head_dim
+        self.attn_dim: int = attn.attn_dim
+        self.qkv: nn.Module = attn.qkv
+        self.q_norm: nn.Module = attn.q_norm
+        self.k_norm: nn.Module = attn.k_norm
+        self.attn_drop: nn.Dropout = attn.attn_drop
+        self.norm: nn.Module = attn.norm
+        self.gate: nn.Module | None = getattr(attn, "gate", None)
+        self.proj: nn.Module = attn.proj
+        self.proj_drop: nn.Module = attn.proj_drop
 
     def forward(self, x: Tensor, size: Optional[Tensor]) -> Tuple[Tensor, Tensor]:  # noqa: UP006, UP045
         B, N, _ = x.shape
@@ -64,12 +74,16 @@ class MergeMultiheadAttention(nn.Module):
     @classmethod
     def from_attention(cls, attn: nn.MultiheadAttention) -> "MergeMultiheadAttention":
         """Build from a batch-first self-attention; parameters are shared, not copied."""
-        new = cls()
-        new.num_heads, new.head_dim, new.dropout = attn.num_heads, attn.head_dim, float(attn.dropout)
-        new.register_parameter("in_proj_weight", attn.in_proj_weight)
-        new.register_parameter("in_proj_bias", attn.in_proj_bias)
-        new.out_proj = attn.out_proj
-        return new
+        return cls(attn)
+
+    def __init__(self, attn: nn.MultiheadAttention) -> None:
+        super().__init__()
+        self.num_heads: int = attn.num_heads
+        self.head_dim: int = attn.head_dim
+        self.dropout: float = float(attn.dropout)
+        self.in_proj_weight: nn.Parameter = attn.in_proj_weight
+        self.in_proj_bias: nn.Parameter | None = attn.in_proj_bias
+        self.out_proj: nn.Module = attn.out_proj
 
     def forward(self, x: Tensor, size: Optional[Tensor]) -> Tuple[Tensor, Tensor]:  # noqa: UP006, UP045
         B, N, C = x.shape
@@ -99,13 +113,23 @@ class TimmMergeBlock(nn.Module):
         cls, block: nn.Module, r: int, num_prefix_tokens: int, size_comes_in: bool, size_goes_out: bool
     ) -> "TimmMergeBlock":
         """Build from `timm.models.vision_transformer.Block`; its children are adopted, not copied."""
-        new = cls()
-        new.r, new.num_prefix_tokens = r, num_prefix_tokens
-        new.size_comes_in, new.size_goes_out = size_comes_in, size_goes_out
-        for name, child in block.named_children():
-            setattr(new, name, child)
-        new.attn = MergeAttention.from_attention(block.attn)  # type: ignore[arg-type]
-        return new.train(block.training)
+        return cls(block, r, num_prefix_tokens, size_comes_in, size_goes_out).train(block.training)
+
+    def __init__(self, block: Any, r: int, num_prefix_tokens: int, size_comes_in: bool, size_goes_out: bool) -> None:
+        super().__init__()
+        self.r: int = r
+        self.num_prefix_tokens: int = num_prefix_tokens
+        self.size_comes_in: bool = size_comes_in
+        self.size_goes_out: bool = size_goes_out
+        # In the order of the old block, so that state dicts list the same names in the same order.
+        self.norm1: nn.Module = block.norm1
+        self.attn = MergeAttention.from_attention(block.attn)
+        self.ls1: nn.Module = block.ls1
+        self.drop_path1: nn.Module = block.drop_path1
+        self.norm2: nn.Module = block.norm2
+        self.mlp: nn.Module = block.mlp
+        self.ls2: nn.Module = block.ls2
+        self.drop_path2: nn.Module = block.drop_path2
 
     def forward(self, x: Tensor, attn_mask: Optional[Tensor] = None, is_causal: bool = False) -> Tensor:  # noqa: UP045
         if attn_mask is not None or is_causal:
@@ -141,13 +165,19 @@ class TorchvisionMergeBlock(nn.Module):
         cls, block: nn.Module, r: int, num_prefix_tokens: int, size_comes_in: bool, size_goes_out: bool
     ) -> "TorchvisionMergeBlock":
         """Build from `torchvision.models.vision_transformer.EncoderBlock`; its children are adopted, not copied."""
-        new = cls()
-        new.r, new.num_prefix_tokens = r, num_prefix_tokens
-        new.size_comes_in, new.size_goes_out = size_comes_in, size_goes_out
-        for name, child in block.named_children():
-            setattr(new, name, child)
-        new.self_attention = MergeMultiheadAttention.from_attention(block.self_attention)  # type: ignore[arg-type]
-        return new.train(block.training)
+        return cls(block, r, num_prefix_tokens, size_comes_in, size_goes_out).train(block.training)
+
+    def __init__(self, block: Any, r: int, num_prefix_tokens: int, size_comes_in: bool, size_goes_out: bool) -> None:
+        super().__init__()
+        self.r: int = r
+        self.num_prefix_tokens: int = num_prefix_tokens
+        self.size_comes_in: bool = size_comes_in
+        self.size_goes_out: bool = size_goes_out
+        self.ln_1: nn.Module = block.ln_1
+        self.self_attention = MergeMultiheadAttention.from_attention(block.self_attention)
+        self.dropout: nn.Module = block.dropout
+        self.ln_2: nn.Module = block.ln_2
+        self.mlp: nn.Module = block.mlp
 
     def forward(self, x: Tensor) -> Tensor:
         size: Optional[Tensor] = None  # noqa: UP045
@@ -189,8 +219,6 @@ class MeanOfMerged(Wrapped):
         weight = patches / patches.mean(dim=1, keepdim=True)
         return torch.cat([x[:, : self.num_prefix_tokens], x[:, self.num_prefix_tokens :] * weight], dim=1)
 
-
-MergeBlock = TimmMergeBlock | TorchvisionMergeBlock
 
 MERGE_BLOCKS: dict[str, type[TimmMergeBlock] | type[TorchvisionMergeBlock]] = {
     "timm.models.vision_transformer.Block": TimmMergeBlock,

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 MAX_DENOMINATOR = 64
-"""Scales that are no ratio p / q with q up to this are not folded: their p * p kernels would cost more than they save."""
+"""Scales that are no ratio p / q with q up to this are not folded: p * p kernels would cost more than they save."""
 
 MAX_SIDE = 1 << 16
 """Sides of a map up to which float rounding inside the interpolation is checked."""
@@ -69,7 +69,9 @@ def phases_of_scale(scale: float, mode: str, antialias: bool) -> Phases:
     ratio = Fraction(scale).limit_denominator(MAX_DENOMINATOR)
     p, q = ratio.numerator, ratio.denominator
     if abs(scale - p / q) > 1e-14:
-        raise NotPeriodicError(f"scale {scale} is no ratio of whole numbers up to {MAX_DENOMINATOR}; the nearest is {ratio}")
+        raise NotPeriodicError(
+            f"scale {scale} is no ratio of whole numbers up to {MAX_DENOMINATOR}; the nearest is {ratio}"
+        )
     # 49 * (1 / 49) is below 1 in float64: one output row is missing, and the blocks are no longer p long.
     count = torch.arange(1, MAX_SIDE // q)
     lost = ((count * q).double() * scale).floor().long() != count * p
@@ -172,5 +174,6 @@ def _check_nearest(p: int, q: int, scale: float) -> None:
     if wrong.numel() > 0:
         at = int(wrong[0])
         raise NotPeriodicError(
-            f"nearest at {p}/{q} does not repeat: in float32 output {at} takes input {int(real[at])}, not {int(ideal[at])}"
+            f"nearest at {p}/{q} does not repeat: by float32 rounding, output {at} takes input {int(real[at])} "
+            f"instead of {int(ideal[at])}"
         )

@@ -48,11 +48,12 @@ class TokenPool2d(nn.Module):
         patches = x[:, self.num_prefix_tokens :]
         height, width = self.grid[0], self.grid[1]
         if patches.shape[1] != height * width:
-            height = int(round((patches.shape[1] * self.grid[0] / self.grid[1]) ** 0.5))
+            height = int(round((patches.shape[1] * self.grid[0] / self.grid[1]) ** 0.5))  # noqa: RUF046  a float in TorchScript
             width = patches.shape[1] // max(1, height)
         if height * width != patches.shape[1] or height % self.stride[0] != 0 or width % self.stride[1] != 0:
             raise RuntimeError(
-                f"token_pool cannot pool {patches.shape[1]} tokens: made for a {self.grid} grid and stride {self.stride}"
+                f"token_pool cannot pool {patches.shape[1]} tokens: it was made for a {self.grid} grid "
+                f"and stride {self.stride}"
             )
         planes = patches.transpose(1, 2).reshape(x.shape[0], x.shape[2], height, width)
         if self.mode == "max":

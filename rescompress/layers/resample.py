@@ -38,14 +38,16 @@ def resample_patch_kernel(kernel: Tensor, patch_size: Grid) -> Tensor:
         # The resize is separable, so its pseudo-inverse is that of the rows times that of the columns.
         rows = torch.linalg.pinv(_resize_matrix(old[0], patch_size[0], weight))
         columns = torch.linalg.pinv(_resize_matrix(old[1], patch_size[1], weight))
-        return (rows.T @ weight @ columns).to(kernel.dtype)
+        resized: Tensor = rows.T @ weight @ columns
+        return resized.to(kernel.dtype)
 
 
 def _resize_matrix(old: int, new: int, like: Tensor) -> Tensor:
     """Return the (new, old) matrix of antialiased bicubic resizing along one side."""
     # The whole identity as one image: columns of one pixel are resized wrongly by torch 2.15's antialiased kernel.
     basis = torch.eye(old, dtype=torch.float64, device=like.device)[None, None]
-    return F.interpolate(basis, size=(new, old), mode="bicubic", align_corners=False, antialias=True)[0, 0]
+    matrix: Tensor = F.interpolate(basis, size=(new, old), mode="bicubic", align_corners=False, antialias=True)
+    return matrix[0, 0]
 
 
 def resample_pos_embed(pos_embed: Tensor, old: Grid, new: Grid, num_prefix_tokens: int) -> Tensor:

@@ -49,7 +49,7 @@ class Resize2d(nn.Module):
             return size[0], size[1]
         scale = self.scale
         if scale is not None:
-            return max(1, int(math.floor(height * scale[0]))), max(1, int(math.floor(width * scale[1])))
+            return max(1, math.floor(height * scale[0])), max(1, math.floor(width * scale[1]))
         return height, width
 
     def forward(self, x: Tensor) -> Tensor:
@@ -119,10 +119,10 @@ class ResizedConv2d(nn.Conv2d):
         new = cls(
             conv.in_channels,
             conv.out_channels,
-            conv.kernel_size,  # type: ignore[arg-type]
-            stride=conv.stride,  # type: ignore[arg-type]
-            padding=conv.padding,  # type: ignore[arg-type]
-            dilation=conv.dilation,  # type: ignore[arg-type]
+            conv.kernel_size,
+            stride=conv.stride,
+            padding=conv.padding,
+            dilation=conv.dilation,
             groups=conv.groups,
             bias=conv.bias is not None,
             padding_mode=conv.padding_mode,
@@ -139,16 +139,20 @@ class ResizedConv2d(nn.Conv2d):
     def conv(self, x: Tensor) -> Tensor:
         """Run the convolution alone."""
         if self.same_padding:
-            x = pad_same(x, self.kernel_size, self.stride, self.dilation)
-        return self._conv_forward(x, self.weight, self.bias)
+            x = pad_same(x, self.kernel_size, self.stride, self.dilation)  # type: ignore[arg-type]
+        y: Tensor = self._conv_forward(x, self.weight, self.bias)
+        return y
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.after(self.conv(self.before(x)))
+        y: Tensor = self.after(self.conv(self.before(x)))
+        return y
 
 
 def pad_same(x: Tensor, kernel: Tuple[int, int], stride: Tuple[int, int], dilation: Tuple[int, int]) -> Tensor:  # noqa: UP006
     """Zero-pad as TensorFlow's SAME does: ceil(side / stride) outputs, the odd pixel at the end."""
-    height = max((math.ceil(x.shape[2] / stride[0]) - 1) * stride[0] + (kernel[0] - 1) * dilation[0] + 1 - x.shape[2], 0)
+    height = max(
+        (math.ceil(x.shape[2] / stride[0]) - 1) * stride[0] + (kernel[0] - 1) * dilation[0] + 1 - x.shape[2], 0
+    )
     width = max((math.ceil(x.shape[3] / stride[1]) - 1) * stride[1] + (kernel[1] - 1) * dilation[1] + 1 - x.shape[3], 0)
     if height > 0 or width > 0:
         x = F.pad(x, [width // 2, width - width // 2, height // 2, height - height // 2])
@@ -160,4 +164,3 @@ def is_same_padded(conv: nn.Module) -> bool:
     return [f"{kind.__module__}.{kind.__qualname__}" for kind in type(conv).__mro__][:1] == [
         "timm.layers.conv2d_same.Conv2dSame"
     ]
-

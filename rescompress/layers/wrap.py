@@ -15,8 +15,8 @@ class Wrapped(nn.Module):
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
         self.inner = inner
-        self.register_state_dict_post_hook(_strip_inner)
-        self.register_load_state_dict_pre_hook(_restore_inner)
+        self.register_state_dict_post_hook(_strip_inner)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_pre_hook(_restore_inner)  # type: ignore[no-untyped-call]
 
 
 def _strip_inner(module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any]) -> None:

@@ -6,6 +6,7 @@ not, by convention. The formulas are those of `torch.utils.flop_counter`, whose 
 
 import math
 import re
+import warnings
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any
@@ -76,19 +77,19 @@ _OWN_NAMESPACES = {"aten", "prim", "prims", "profiler", "inductor", "c10d", "rng
 
 def _rows_flop(x: Any, *_args: Any, out_shape: Any = None, **_kwargs: Any) -> int:
     """Count x (..., K) times a weight into (..., N): the weight may be packed, the shapes around it are not."""
-    return 2 * math.prod(x) * int(out_shape[-1])
+    return 2 * int(math.prod(x)) * int(out_shape[-1])
 
 
 def _mv_flop(matrix: Any, *_args: Any, **_kwargs: Any) -> int:
-    return 2 * math.prod(matrix)
+    return 2 * int(math.prod(matrix))
 
 
 def _addmv_flop(_bias: Any, matrix: Any, *_args: Any, **_kwargs: Any) -> int:
-    return 2 * math.prod(matrix)
+    return 2 * int(math.prod(matrix))
 
 
 def _addbmm_flop(_bias: Any, a: Any, b: Any, *_args: Any, **_kwargs: Any) -> int:
-    return 2 * math.prod(a) * int(b[-1])
+    return 2 * int(math.prod(a)) * int(b[-1])
 
 
 _EXTRA_FORMULAS = {
@@ -125,7 +126,7 @@ class _Leaves(TorchDispatchMode):
     supports_higher_order_operators = True
 
     def __init__(self, counter: FlopCounterMode) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.known = counter.flop_registry
         self.uncounted: Counter[str] = Counter()
 
@@ -235,9 +236,16 @@ def _count(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], how:
     counter = FlopCounterMode(display=False, custom_mapping=_extra_formulas())
     leaves = _Leaves(counter)
     # The observer is entered first, so it stands behind the counter and sees what that decomposed.
-    with torch.no_grad(), plain_attention(), rng_kept(torch.device("cpu")), _Calls(model, counter) as calls:  # noqa: SIM117
-        with leaves, counter:
-            model(*args, **kwargs)
+    with (
+        warnings.catch_warnings(),
+        torch.no_grad(),
+        plain_attention(),
+        rng_kept(torch.device("cpu")),
+        _Calls(model, counter) as calls,leaves, counter
+    ):
+        # The counter's global hooks fire once more for a compiled module; that changes no count.
+        warnings.filterwarnings("ignore", message="Using `torch.compile")
+        model(*args, **kwargs)
     return MacCount(
         macs=counter.get_total_flops() // 2,
         uncounted=tuple(sorted(leaves.uncounted.items())),

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper
 from torch.utils._pytree import tree_map
 
 from rescompress.errors import MeasureError
-from rescompress.inputs import as_args, tensors_of
+from rescompress.inputs import Args, as_args, tensors_of
 from rescompress.measure.macs import first_line
 from rescompress.measure.sandbox import copied, plain_attention, real_copy, rng_kept, set_mode
 
@@ -56,7 +56,7 @@ class LiveBytes(TorchDispatchMode):
     """Adds up the bytes of all storages alive at once, from when an operator returns them until they are freed."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.now = 0
         self.peak = 0
         self._alive: dict[int, weakref.ref[Any]] = {}
@@ -108,16 +108,16 @@ def live_activation_bytes(model: nn.Module, example_input: Any, *, training: boo
     try:
         fake = FakeTensorMode(allow_non_fake_inputs=True)
         shell = copied(model, lambda weight: _faked(fake, weight), lambda buffer: _faked(fake, buffer))
-        inputs = tree_map(lambda leaf: _faked(fake, leaf) if isinstance(leaf, Tensor) else leaf, (args, kwargs))
+        faked: Args = tree_map(lambda leaf: _faked(fake, leaf) if isinstance(leaf, Tensor) else leaf, (args, kwargs))
         with fake:
-            return _live(shell, *inputs, training)
+            return _live(shell, faked, training)
     except MeasureError:
         raise
     except Exception:  # data-dependent, or foreign code that wants real values: run it
         pass
     try:
-        inputs = tree_map(lambda leaf: leaf.detach().clone() if isinstance(leaf, Tensor) else leaf, (args, kwargs))
-        return _live(real_copy(model), *inputs, training)
+        own: Args = tree_map(lambda leaf: leaf.detach().clone() if isinstance(leaf, Tensor) else leaf, (args, kwargs))
+        return _live(real_copy(model), own, training)
     except MeasureError:
         raise
     except Exception as error:
@@ -128,19 +128,20 @@ def live_activation_bytes(model: nn.Module, example_input: Any, *, training: boo
         ) from error
 
 
-def _faked(mode: FakeTensorMode, tensor: Tensor) -> Tensor:
+def _faked(mode: FakeTensorMode, tensor: Any) -> Tensor:
     if is_traceable_wrapper_subclass(tensor):
-        return mode.from_tensor(tensor)
+        faked: Tensor = mode.from_tensor(tensor)  # type: ignore[arg-type]  # mypy takes it for the protocol alone
+        return faked
     # On the CPU whatever the model's device is: kernels, and so what they save, are then the same everywhere.
     with mode:
         return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
 
 
-def _live(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], training: bool) -> int:
+def _live(model: nn.Module, args: Args, training: bool) -> int:
     live = LiveBytes()
     for tensor in [*model.parameters(), *model.buffers()]:
         live.ignore(tensor)
-    for tensor in tensors_of((args, kwargs)):
+    for tensor in tensors_of(args):
         live.add(tensor)
     handles = []
     if training:
@@ -156,7 +157,7 @@ def _live(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], train
             torch.set_grad_enabled(training),
             live,
         ):
-            out = model(*args, **kwargs)
+            out = model(*args[0], **args[1])
             if training:
                 _backward(model, out)
     finally:

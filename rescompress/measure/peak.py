@@ -16,7 +16,7 @@ from torch import nn
 from rescompress.errors import MeasureError
 from rescompress.inputs import Args, as_args, tensors_of
 from rescompress.measure.macs import first_line
-from rescompress.measure.sandbox import device_of, undisturbed
+from rescompress.measure.sandbox import device_of, real_copy, undisturbed
 
 TIMEOUT_S = 600.0
 
@@ -94,7 +94,7 @@ def _in_own_process(model: nn.Module, args: Args, timeout_s: float) -> PeakMemor
                     warnings.simplefilter("ignore", FutureWarning)  # torch.jit is deprecated, and still deployed
                     torch.jit.save(model, str(folder / "model.pt"))
             else:
-                torch.save(model, folder / "model.pt")
+                torch.save(_without_representation(model), folder / "model.pt")
             torch.save(args, folder / "input.pt")
         except Exception as error:  # whatever a foreign __reduce__ raises
             raise MeasureError(f"{type(model).__name__} cannot be pickled: {first_line(error)}") from error
@@ -106,6 +106,20 @@ def _in_own_process(model: nn.Module, args: Args, timeout_s: float) -> PeakMemor
         }
         (folder / "job.json").write_text(json.dumps(job))
         return _run_child(folder, timeout_s)
+
+
+def _without_representation(model: nn.Module) -> nn.Module:
+    """Return a copy on the same weights that pickles where only a patched `extra_repr` is in the way.
+
+    torchao gives each quantized layer an `extra_repr` of its own that pickle cannot name; without this no quantized
+    model could be measured.
+    """
+    if not any("extra_repr" in vars(module) for module in model.modules()):
+        return model
+    subject = real_copy(model)
+    for module in subject.modules():
+        vars(module).pop("extra_repr", None)
+    return subject
 
 
 def _dtype_name(model: nn.Module, args: Args) -> str:

@@ -1,7 +1,7 @@
 """What was measured, as raw numbers in frozen data, and the tables that show it."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -235,7 +235,7 @@ def _module_rows(report: Report, depth: int | None) -> Iterator[tuple[str, ...]]
             )
 
 
-def _markdown(header: tuple[str, ...], rows: list[tuple[str, ...]], remarks: list[str]) -> str:
+def _markdown(header: tuple[str, ...], rows: Sequence[tuple[str, ...]], remarks: list[str]) -> str:
     def line(cells: tuple[str, ...]) -> str:
         return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
@@ -244,7 +244,7 @@ def _markdown(header: tuple[str, ...], rows: list[tuple[str, ...]], remarks: lis
     return "\n".join([line(header), rule, *(line(row) for row in rows), *([""] if notes else []), *notes]) + "\n"
 
 
-def _terminal(header: tuple[str, ...], rows: list[tuple[str, ...]], remarks: list[str]) -> "Table":
+def _terminal(header: tuple[str, ...], rows: Sequence[tuple[str, ...]], remarks: list[str]) -> "Table":
     from rich.markup import escape
     from rich.table import Table
 

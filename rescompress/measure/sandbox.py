@@ -26,10 +26,10 @@ def copied(
 ) -> nn.Module:
     """Copy the tree of modules with every parameter and buffer passed through a function; sharing is kept."""
     memo: dict[int, Any] = {}
-    for old in model.parameters():
-        memo[id(old)] = nn.Parameter(parameter(old.detach()), requires_grad=old.requires_grad)
-    for old in model.buffers():
-        memo[id(old)] = buffer(old.detach())
+    for weight in model.parameters():
+        memo[id(weight)] = nn.Parameter(parameter(weight.detach()), requires_grad=weight.requires_grad)
+    for values in model.buffers():
+        memo[id(values)] = buffer(values.detach())
     return copy.deepcopy(model, memo)
 
 

@@ -11,7 +11,7 @@ from rescompress.layers.resample import PosEmbedLoader, resample_pos_embed
 
 
 def pixels_per_token(image_side: int, grid_side: int) -> int | None:
-    """Return the whole number p nearest to image_side / grid_side with image_side // p == grid_side, if there is one."""
+    """Return the whole p nearest to image_side / grid_side with image_side // p == grid_side, if there is one."""
     candidates = [p for p in range(1, image_side + 1) if image_side // p == grid_side]
     return min(candidates, key=lambda p: abs(p - image_side / grid_side), default=None)
 

@@ -46,10 +46,11 @@ def warn_if_not_reached(kind: str, scale: float | None, before: Grid, after: Gri
             "use a smaller scale"
         )
     reached = (after[0] / before[0], after[1] / before[1])
+    shown = f"{reached[0]:.4f}" if reached[0] == reached[1] else f"{reached[0]:.4f} x {reached[1]:.4f}"
     if any(abs(side - scale) > 1e-6 for side in reached):
         warnings.warn(
-            f"{kind}.scale={scale} cannot be reached exactly: {before[0]} x {before[1]} becomes {after[0]} x {after[1]}, "
-            f"a scale of {reached[0]:.4f}" + ("" if reached[0] == reached[1] else f" x {reached[1]:.4f}"),
+            f"{kind}.scale={scale} cannot be reached exactly: {before[0]} x {before[1]} becomes "
+            f"{after[0]} x {after[1]}, a scale of {shown}",
             RescompressWarning,
             stacklevel=5,
         )

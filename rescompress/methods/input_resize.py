@@ -15,7 +15,7 @@ from rescompress.errors import SpecError, UnsupportedModelError
 from rescompress.layers.resize import MODES, Resize2d
 from rescompress.methods._grid import can_express, set_grid
 from rescompress.methods._resizing import check_resize_options, put_resize, warn_if_not_reached
-from rescompress.spec import Stage, Step
+from rescompress.spec import Stage, Step, as_pair
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,30 +96,28 @@ class InputResize(Step):
 
     def _target_grid(self, anatomy: ViTAnatomy) -> Grid:
         """Return the grid of whole patches nearest to what was asked for, the smaller one of two as near."""
-        grid = []
-        for axis, side in enumerate(anatomy.input_size):
-            patch = anatomy.patch_size[axis]
-            wanted = side * self.scale if self.scale is not None else self.size[axis]  # type: ignore[index]
-            if self.size is not None and wanted % patch:
-                below = int(wanted) // patch * patch
-                raise SpecError(
-                    f"input_resize.size={self.size} is no multiple of the {patch} px patches; "
-                    f"nearest: {below or patch} or {below + patch}"
-                )
-            choices = [
-                g
-                for g in range(1, max(1, side // patch) + 1)
-                if self.size is not None or can_express(anatomy, (g, g) if _is_square(anatomy) else anatomy.grids[0])
-            ]
-            grid.append(min(choices or [1], key=lambda g: (abs(g * patch - wanted), g)))
-        return (grid[0], grid[1])
+        sides = []
+        for axis, patch in enumerate(anatomy.patch_size):
+            if self.scale is None:
+                size = as_pair("input_resize.size", self.size)[axis]
+                if size % patch:
+                    below = size // patch * patch
+                    raise SpecError(
+                        f"input_resize.size={self.size} is no multiple of the {patch} px patches; "
+                        f"nearest: {below or patch} or {below + patch}"
+                    )
+                sides.append(size // patch)
+            else:
+                image = anatomy.input_size[axis]
+                wanted = image * self.scale
+                square = anatomy.input_size[0] == anatomy.input_size[1]
+                grids = [g for g in range(1, image // patch + 1) if not square or can_express(anatomy, (g, g))]
+                sides.append(min(grids, key=lambda g, p=patch, w=wanted: (abs(g * p - w), g)))  # type: ignore[misc]
+        return (sides[0], sides[1])
 
     def _refuse_larger(self, before: Grid, after: Grid) -> None:
         if after[0] > before[0] or after[1] > before[1]:
             raise SpecError(
-                f"input_resize.size={after} is larger than the {before[0]} x {before[1]} image; a resize may not add cost"
+                f"input_resize.size={after} is larger than the {before[0]} x {before[1]} image; "
+                "a resize may not add cost"
             )
-
-
-def _is_square(anatomy: ViTAnatomy) -> bool:
-    return anatomy.input_size[0] == anatomy.input_size[1]

@@ -48,8 +48,8 @@ class StemResize(Step):
         """Put the resize behind the first convolution."""
         if not isinstance(anatomy, ConvAnatomy):
             raise UnsupportedModelError(
-                f"stem_resize needs a convolutional network, and {type(model).__name__} is a {anatomy.family}: its first "
-                "convolution cuts the patches; use patch_resize, input_resize, token_pool or token_merge"
+                f"stem_resize needs a convolutional network, and {type(model).__name__} is a {anatomy.family}: its "
+                "first convolution cuts the patches; use patch_resize, input_resize, token_pool or token_merge"
             )
         scale = None if self.scale is None else (float(self.scale), float(self.scale))
         resize = Resize2d(scale, self.size, self.mode, self.antialias)  # type: ignore[arg-type]

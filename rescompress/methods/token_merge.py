@@ -54,13 +54,12 @@ class TokenMerge(Step):
         """Return how many pairs each block merges.
 
         Raises:
-            SpecError: a list of another length than the model is deep, or a share that halving in each block cannot reach.
+            SpecError: a list of another length than the model is deep, or a share that cannot be reached by merging
+                at most half of the tokens in each block.
         """
         if self.keep is not None:
             wanted = round(num_patch_tokens * (1 - self.keep))
-            steps = [
-                round(wanted * (i + 1) / num_blocks) - round(wanted * i / num_blocks) for i in range(num_blocks)
-            ]
+            steps = [round(wanted * (i + 1) / num_blocks) - round(wanted * i / num_blocks) for i in range(num_blocks)]
         elif isinstance(self.r, tuple):
             if len(self.r) != num_blocks:
                 raise SpecError(f"token_merge.r lists {len(self.r)} numbers, but the model has {num_blocks} blocks")
@@ -129,10 +128,10 @@ class TokenMerge(Step):
         if any(wanted[:last_pooled]):
             if isinstance(self.r, tuple):
                 raise SpecError(
-                    f"token_merge.r merges before the tokens are pooled behind block {last_pooled - 1}; merging dissolves "
-                    f"the grid that pooling needs: its first {last_pooled} numbers must be 0"
+                    f"token_merge.r merges before the tokens are pooled behind block {last_pooled - 1}; merging "
+                    f"dissolves the grid that pooling needs: its first {last_pooled} numbers must be 0"
                 )
-            wanted = [0] * last_pooled + [self.r or 0] * (len(wanted) - last_pooled)  # type: ignore[list-item]
+            wanted = [0] * last_pooled + [self.r or 0] * (len(wanted) - last_pooled)
         counts, left = list(before), before[last_pooled]
         for i in range(last_pooled, len(wanted)):
             wanted[i] = min(wanted[i], left // 2)

@@ -22,15 +22,15 @@ def images(*size: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("patch_size", [32, 24, 12, 8, 48, (32, 24)])
-@pytest.mark.parametrize("options", [{}, {"no_embed_class": True, "reg_tokens": 4}, {"class_token": False, "global_pool": "avg"}])
+@pytest.mark.parametrize(
+    "options", [{}, {"no_embed_class": True, "reg_tokens": 4}, {"class_token": False, "global_pool": "avg"}]
+)
 def test_equals_timms_set_input_size(patch_size: int | tuple[int, int], options: dict[str, object]) -> None:
     model, x = vit(**options), images(96, 96)
     reference = copy.deepcopy(model)
     reference.set_input_size(patch_size=patch_size)
     small = rc.compress(model, rc.PatchResize(patch_size=patch_size), example_input=x)
-    torch.testing.assert_close(
-        small.patch_embed.proj.weight, reference.patch_embed.proj.weight, rtol=1e-5, atol=1e-5
-    )
+    torch.testing.assert_close(small.patch_embed.proj.weight, reference.patch_embed.proj.weight, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(small.pos_embed, reference.pos_embed, rtol=1e-5, atol=1e-5)
     assert small.patch_embed.grid_size == reference.patch_embed.grid_size
     assert small.patch_embed.num_patches == reference.patch_embed.num_patches

@@ -137,9 +137,7 @@ def test_an_average_pooling_head_takes_the_mean_over_all_patches() -> None:
             tokens = small.forward_features(X)
             if fc_norm:  # no norm stands between the blocks and the mean: then it is exact
                 torch.testing.assert_close(small(X), m(X), rtol=1e-5, atol=1e-5)
-            merged, size = merge_tokens(
-                *unmerged_block(m), r=6, num_prefix_tokens=0
-            )
+            merged, size = merge_tokens(*unmerged_block(m), r=6, num_prefix_tokens=0)
             mean = (m.norm(merged) * size).sum(1) / size.sum(1)
             torch.testing.assert_close(tokens.mean(1), mean, rtol=1e-5, atol=1e-5)
 
@@ -153,8 +151,10 @@ def unmerged_block(m: torch.nn.Module) -> tuple[Tensor, None, Tensor]:
 
 
 def test_blocks_that_cannot_be_adopted_are_refused() -> None:
-    m = timm.create_model("vit_tiny_patch16_224", img_size=64, depth=2, block_fn=timm.models.vision_transformer.ResPostBlock)
-    with pytest.raises(rc.UnsupportedModelError, match="does not know blocks of class timm.*ResPostBlock"):
+    m = timm.create_model(
+        "vit_tiny_patch16_224", img_size=64, depth=2, block_fn=timm.models.vision_transformer.ResPostBlock
+    )
+    with pytest.raises(rc.UnsupportedModelError, match=r"does not know blocks of class timm\..*ResPostBlock"):
         rc.compress(m, rc.TokenMerge(r=2), example_input=X)
     m = timm.create_model("vit_tiny_patch16_224", img_size=64, depth=2, attn_layer="diff")
     with pytest.raises(rc.UnsupportedModelError, match=r"does not know timm\.layers.*DiffAttention"):

@@ -60,7 +60,10 @@ def test_blocks_compute_on_the_pooled_grid() -> None:
 @pytest.mark.parametrize(
     ("step", "message"),
     [
-        (rc.TokenPool(after_block=3, stride=3), "token_pool.stride=3 does not divide the 4 x 8 token grid after block 3"),
+        (
+            rc.TokenPool(after_block=3, stride=3),
+            "token_pool.stride=3 does not divide the 4 x 8 token grid after block 3",
+        ),
         (rc.TokenPool(after_block=[0, 1], stride=4), "does not divide the 1 x 2 token grid after block 1"),
         (rc.TokenPool(after_block=4), "after_block=4 is no block of this model; it has blocks 0 to 3"),
         (rc.TokenPool(after_block=-5), "no block of this model"),

@@ -1,0 +1,277 @@
+"""compress and compress_: defaults, refusals, going on from a compressed model, and nothing broken on errors."""
+
+import copy
+import warnings
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import torchvision
+from torch import Tensor, nn
+
+import rescompress as rc
+from rescompress.surgery import fingerprint
+from tests.zoo import build, image, randomize
+
+
+def small_cnn() -> nn.Module:
+    return randomize(
+        nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    ).eval()
+
+
+@pytest.mark.parametrize(
+    ("model", "kind"),
+    [
+        (lambda: timm.create_model("resnet18"), "stem_resize"),
+        (lambda: timm.create_model("convnext_atto"), "stem_resize"),
+        (lambda: timm.create_model("vit_tiny_patch16_224", depth=1), "patch_resize"),
+        (lambda: timm.create_model("vit_small_patch14_reg4_dinov2", depth=1), "input_resize"),
+        (lambda: torchvision.models.vit_b_32(image_size=128), "patch_resize"),
+    ],
+)
+def test_a_plain_scale_and_the_default_input(model: object, kind: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", rc.RescompressWarning)  # 518 px in patches of 14 cannot be halved exactly
+        small = rc.compress(model(), scale=0.5)
+    assert [step.kind for step in rc.spec_of(small)] == [kind]
+
+
+def test_a_scale_that_the_patches_do_not_fit_becomes_an_input_resize() -> None:
+    model = timm.create_model("vit_tiny_patch16_224", depth=1)
+    with pytest.warns(rc.RescompressWarning, match="224 x 224 becomes 160 x 160, a scale of 0.7143"):
+        small = rc.compress(model, scale=0.75)
+    assert [step.kind for step in rc.spec_of(small)] == ["input_resize"]
+    assert small.pos_embed.shape[1] == 1 + 100
+
+
+@pytest.mark.parametrize("scale", [0, -1, 1.5, float("nan"), float("inf"), "0.5", True])
+def test_bad_scales(scale: object) -> None:
+    with pytest.raises(rc.SpecError, match=r"scale must be in \(0, 1\], got"):
+        rc.compress(small_cnn(), scale=scale)
+
+
+def test_spec_forms(tmp_path: Path) -> None:
+    model, x = small_cnn(), torch.rand(1, 3, 16, 16)
+    step = rc.StemResize(scale=0.5)
+    path = tmp_path / "spec.yaml"
+    path.write_text(rc.Spec.of(step).to_yaml())
+    for spec in (step, rc.Spec.of(step), rc.Spec.of(step).to_dict(), path, str(path)):
+        assert rc.spec_of(rc.compress(model, spec, example_input=x)) == rc.Spec.of(step)
+    with pytest.raises(rc.SpecError, match="either a spec or a scale"):
+        rc.compress(model)
+    with pytest.raises(rc.SpecError, match="either a spec or a scale"):
+        rc.compress(model, step, scale=0.5)
+    with pytest.raises(rc.SpecError, match="must be a Spec"):
+        rc.compress(model, 3)
+
+
+def test_compress_in_place() -> None:
+    model, x = build("resnet18"), image("resnet18")
+    copied = rc.compress(model, scale=0.5, example_input=x)
+    parameters = [id(p) for p in model.parameters()]
+    assert rc.compress_(model, scale=0.5, example_input=x) is model
+    assert [id(p) for p in model.parameters()] == parameters  # an optimizer goes on holding them
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), copied(x), rtol=0, atol=0)
+
+
+def test_an_error_leaves_the_model_as_it_was() -> None:
+    model = build("test_vit")
+    before = fingerprint(model)
+    spec = rc.Spec.of(rc.PatchResize(scale=0.5), rc.TokenPool(after_block=1, stride=3))
+    with pytest.raises(rc.SpecError, match="does not divide the 2 x 2 token grid"):
+        rc.compress_(model, spec, example_input=image("test_vit"))
+    assert fingerprint(model) == before
+    with pytest.raises(rc.SpecError, match="has not been compressed"):
+        rc.spec_of(model)
+
+
+def test_going_on_from_a_compressed_model() -> None:
+    model, x = build("test_vit"), image("test_vit")
+    spec = rc.Spec.of(rc.PatchResize(scale=0.5), rc.TokenMerge(r=1))
+    at_once = rc.compress(model, spec, example_input=x)
+    in_turn = rc.compress(rc.compress(model, spec.steps[0], example_input=x), spec.steps[1], example_input=x)
+    assert rc.spec_of(in_turn) == spec
+    with torch.no_grad():
+        torch.testing.assert_close(in_turn(x), at_once(x), rtol=0, atol=0)
+    with pytest.raises(rc.SpecError, match="must come before"):
+        rc.compress(in_turn, rc.InputResize(scale=0.5), example_input=x)
+    assert rc.spec_of(in_turn) == spec
+
+
+def test_the_same_place_is_taken_once() -> None:
+    small = rc.compress(small_cnn(), rc.StemResize(scale=0.5), example_input=torch.rand(1, 3, 32, 32))
+    with pytest.raises(rc.UnsupportedModelError, match="resized already"):
+        rc.compress(small, rc.StemResize(scale=0.5), example_input=torch.rand(1, 3, 32, 32))
+
+
+def test_input_and_stem_together() -> None:
+    model, x = small_cnn(), torch.rand(2, 3, 32, 32)
+    spec = rc.Spec.of(rc.InputResize(scale=0.5, mode="nearest"), rc.StemResize(size=(4, 2), mode="area"))
+    with torch.no_grad():
+        y = model[0](nn.functional.interpolate(x, scale_factor=0.5))
+        y = model[1:](nn.functional.interpolate(y, size=(4, 2), mode="area"))
+        torch.testing.assert_close(rc.compress(model, spec, example_input=x)(x), y)
+
+
+@pytest.mark.parametrize("mode", ["nearest", "bilinear", "bicubic", "area"])
+@pytest.mark.parametrize("size", [(32, 32), (31, 45), (64, 16)])
+def test_stem_resize_is_interpolate_between_convolution_and_norm(mode: str, size: tuple[int, int]) -> None:
+    model = small_cnn()
+    options = {"align_corners": False} if mode in ("bilinear", "bicubic") else {}
+    small = rc.compress(model, rc.StemResize(scale=0.5, mode=mode), example_input=torch.rand(1, 3, 64, 64))
+    fixed = rc.compress(model, rc.StemResize(size=(5, 7), mode=mode), example_input=torch.rand(1, 3, 64, 64))
+    x = torch.rand(2, 3, *size)
+    with torch.no_grad():
+        y = model[1:](nn.functional.interpolate(model[0](x), scale_factor=0.5, mode=mode, **options))
+        torch.testing.assert_close(small(x), y)
+        y = model[1:](nn.functional.interpolate(model[0](x), size=(5, 7), mode=mode, **options))
+        torch.testing.assert_close(fixed(x), y)
+
+
+def test_any_input_size_from_call_to_call() -> None:
+    model = build("resnet18")
+    small = rc.compress(model, rc.StemResize(scale=0.5), example_input=image("resnet18"))
+    grids = []
+    small.layer1.register_forward_hook(lambda m, args, y: grids.append(tuple(y.shape[-2:])))
+    with torch.no_grad():
+        for size in ((64, 64), (96, 64), (65, 131), (224, 32)):
+            small(torch.rand(1, 3, *size))
+    assert grids == [(8, 8), (12, 8), (8, 17), (28, 4)]
+
+
+def test_scales_that_do_not_divide_are_named() -> None:
+    with pytest.warns(rc.RescompressWarning, match=r"scale=0\.3 .* 32 x 32 becomes 9 x 9, a scale of 0\.2812"):
+        rc.compress(small_cnn(), rc.StemResize(scale=0.3), example_input=torch.rand(1, 3, 64, 64))
+    with pytest.raises(rc.SpecError, match="larger than the 32 x 32 map"):
+        rc.compress(small_cnn(), rc.StemResize(size=33), example_input=torch.rand(1, 3, 64, 64))
+    with pytest.raises(rc.SpecError, match="larger than the 64 x 64 image"):
+        rc.compress(small_cnn(), rc.InputResize(size=65), example_input=torch.rand(1, 3, 64, 64))
+
+
+def test_vit_input_resize_equals_the_original_at_that_size() -> None:
+    model = randomize(timm.create_model("vit_tiny_patch16_224", img_size=96, depth=2)).eval()
+    small = rc.compress(model, rc.InputResize(size=64, mode="bicubic"), example_input=torch.rand(1, 3, 96, 96))
+    model.set_input_size(img_size=64)
+    x = torch.rand(2, 3, 96, 96)
+    with torch.no_grad():
+        y = nn.functional.interpolate(x, size=(64, 64), mode="bicubic", antialias=True)
+        torch.testing.assert_close(small(x), model(y), rtol=1e-5, atol=1e-5)
+    with pytest.raises(rc.SpecError, match="no multiple of the 16 px patches; nearest: 64 or 80"):
+        rc.compress(build("test_vit"), rc.InputResize(size=70), example_input=torch.rand(1, 3, 96, 96))
+
+
+def test_vit_input_resize_with_dynamic_images() -> None:
+    model = randomize(timm.create_model("vit_tiny_patch16_224", img_size=64, depth=2, dynamic_img_size=True)).eval()
+    small = rc.compress(model, rc.InputResize(scale=0.5), example_input=torch.rand(1, 3, 128, 96))
+    half = copy.deepcopy(model)
+    half.set_input_size(img_size=32)
+    with torch.no_grad():
+        for size in ((128, 96), (64, 64), (64, 160)):
+            x = torch.rand(1, 3, *size)
+            y = nn.functional.interpolate(x, scale_factor=0.5, mode="bilinear", antialias=True)
+            torch.testing.assert_close(small(x), half(y), rtol=1e-5, atol=1e-5)
+
+
+class TwoReaders(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 4, 3, 2, 1), nn.Conv2d(3, 4, 1, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.a(x) + self.b(x)).mean((2, 3))
+
+
+class Fixed(nn.Module):
+    """A network that bakes its map's size in, as many do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 4, 3, 2, 1), nn.Linear(4 * 8 * 8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.conv(x).flatten(1))
+
+
+class Skip(nn.Module):
+    """Joins a map from behind the first convolution with the image itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 3, 1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([self.conv(x), x], 1)
+
+
+class Dense(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(x.mean((2, 3)))
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (TwoReaders(), r"reads the image in 2 convolutions \(a, b\)"),
+        (Fixed(), "does not work on the smaller grid of stem_resize .* mat1 and mat2"),
+        (Skip(), "does not work on the smaller grid"),
+        (Dense(), "saw no nn.Conv2d run"),
+        (nn.Sequential(nn.Conv2d(4, 2, 1)), "does not run on an input of shape"),
+    ],
+)
+def test_models_that_would_break_are_refused(model: nn.Module, message: str) -> None:
+    with pytest.raises(rc.UnsupportedModelError, match=message):
+        rc.compress(model, scale=0.5, example_input=torch.rand(1, 3, 16, 16))
+
+
+def test_what_is_no_module_is_refused() -> None:
+    with pytest.raises(rc.UnsupportedModelError, match="takes an nn.Module, got str"):
+        rc.compress("resnet50", scale=0.5)
+    scripted = torch.jit.script(small_cnn())
+    with pytest.raises(rc.UnsupportedModelError, match="TorchScript"):
+        rc.compress(scripted, scale=0.5)
+
+
+@pytest.mark.parametrize("name", ["resnetv2_50x1_bit", "nf_regnet_b0", "tf_efficientnetv2_b0"])
+def test_convolutions_with_a_forward_of_their_own(name: str) -> None:
+    """Weight standardisation and SAME padding are kept: the probe's network is proved, not assumed."""
+    model = randomize(timm.create_model(name)).eval()
+    x = torch.rand(1, 3, 64, 64)
+    same = rc.compress(model, rc.StemResize(scale=1.0), example_input=x)
+    small = rc.compress(model, rc.StemResize(scale=0.5), example_input=x)
+    assert list(small.state_dict()) == list(model.state_dict())
+    copy.deepcopy(small).load_state_dict(model.state_dict())
+    with torch.no_grad():
+        torch.testing.assert_close(same(x), model(x), rtol=0, atol=0)
+        assert small(x).shape == model(x).shape
+
+
+def test_a_model_on_the_meta_device() -> None:
+    with torch.device("meta"):
+        model = timm.create_model("resnet18")
+    small = rc.compress(model, scale=0.5)
+    assert small(torch.empty(1, 3, 224, 224, device="meta")).shape == (1, 1000)
+
+
+def test_half_precision_and_channels_last() -> None:
+    model = build("resnet18").to(torch.bfloat16).to(memory_format=torch.channels_last)
+    x = image("resnet18").to(torch.bfloat16).contiguous(memory_format=torch.channels_last)
+    small = rc.compress(model, scale=0.5, example_input=x)
+    assert small.conv1.weight.is_contiguous(memory_format=torch.channels_last)
+    with torch.no_grad():
+        assert small(x).dtype == torch.bfloat16
+
+
+def test_random_state_is_left_alone() -> None:
+    model = build("test_vit")
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    rc.compress(model, rc.Spec.of(rc.PatchResize(scale=0.5), rc.TokenMerge(r=1)), example_input=image("test_vit"))
+    torch.testing.assert_close(torch.rand(3), expected, rtol=0, atol=0)
