@@ -181,7 +181,10 @@ def _decide(
     if not cheaper and not force:
         return replace(kept, reason=f"folded, it would have {ratio}"), None
     folded = build(conv, axes)
-    off = None if conv.weight.is_meta else _largest_error(conv, folded, shapes[0])
+    try:
+        off = None if conv.weight.is_meta else _largest_error(conv, folded, shapes[0])
+    except ValueError as error:  # what only running it can tell
+        return replace(kept, reason=str(error)), None
     tolerance = _TOLERANCE.get(conv.weight.dtype, 0.0)
     if off is not None and not off <= tolerance and not force:  # `not <=` so that NaN is refused too
         return replace(kept, reason=f"relative difference {off:.1e} on a random image, over {tolerance:.0e}"), None

@@ -13,9 +13,6 @@ from torch.nn import functional as F
 from rescompress.layers.resize import _interpolate, pad_same
 
 
-# A trace records Python's decisions about sizes once and for all. Compiled, they stay decisions, so that a traced file
-# refuses a wrong size as the module does.
-@torch.jit.script_if_tracing  # type: ignore[untyped-decorator]
 def output_side(n: int, p: int, q: int, only: int, multiple: int, most: int) -> int:
     """Return floor(n * p / q), the side of the resized map, for a map of side `n` that the rewrite holds for.
 
@@ -51,6 +48,51 @@ def output_side(n: int, p: int, q: int, only: int, multiple: int, most: int) -> 
             "give a larger image, or use the model from before fold"
         )
     return n * p // q
+
+
+# A trace records Python's decisions about sizes once and for all. Compiled, they stay decisions, so that a traced file
+# refuses a wrong size as the module does. What is compiled so may only return tensors.
+@torch.jit.script_if_tracing  # type: ignore[untyped-decorator]
+def cut_to_sides(
+    out: Tensor,
+    x: Tensor,
+    cut: bool,
+    kernel: List[int],  # noqa: UP006
+    stride: List[int],  # noqa: UP006
+    dilation: List[int],  # noqa: UP006
+    padding: List[int],  # noqa: UP006
+    p: List[int],  # noqa: UP006
+    q: List[int],  # noqa: UP006
+    only: List[int],  # noqa: UP006
+    multiple: List[int],  # noqa: UP006
+    most: List[int],  # noqa: UP006
+) -> Tensor:
+    """Return `out`, cut to the sides that the resize would make; pairs are (height, width).
+
+    Args:
+        out: the map to cut
+        x: what the convolution sees
+        cut: whether to cut, or only to check
+        kernel: the convolution's own kernel
+        stride: the convolution's own stride
+        dilation: the convolution's own dilation
+        padding: zeros that the convolution itself adds to both sides of `x` together
+        p: numerators of the scale
+        q: denominators of the scale
+        only: see `output_side`, as are `multiple` and `most`
+        multiple: as above
+        most: as above
+
+    Raises:
+        ValueError: the rewrite does not hold for this `x`.
+    """
+    for axis in range(2):
+        dim = axis + 2
+        n = (x.shape[dim] + padding[axis] - dilation[axis] * (kernel[axis] - 1) - 1) // stride[axis] + 1
+        m = output_side(n, p[axis], q[axis], only[axis], multiple[axis], most[axis])
+        if cut:
+            out = out.narrow(dim, 0, m)
+    return out
 
 
 @torch.jit.script_if_tracing  # type: ignore[untyped-decorator]
@@ -224,36 +266,43 @@ class FoldedConv2d(nn.Module):
             return F.pad(x, self.base_padding, mode=self.pad_before)
         return x
 
-    def sides(self, x: Tensor) -> Tuple[int, int]:  # noqa: UP006
-        """Return the (height, width) of the result for a padded `x`; refuse what the rewrite does not hold for."""
-        height, width = x.shape[2], x.shape[3]
-        if self.pad_before == "":
-            height = height + self.base_padding[2] + self.base_padding[3]
-            width = width + self.base_padding[0] + self.base_padding[1]
-        n = (height - self.base_dilation[0] * (self.base_kernel[0] - 1) - 1) // self.base_stride[0] + 1
-        m = output_side(n, self.p[0], self.q[0], self.only[0], self.multiple[0], self.most[0])
-        n = (width - self.base_dilation[1] * (self.base_kernel[1] - 1) - 1) // self.base_stride[1] + 1
-        return m, output_side(n, self.p[1], self.q[1], self.only[1], self.multiple[1], self.most[1])
+    def to_sides(self, out: Tensor, x: Tensor, cut: bool) -> Tensor:
+        """Cut `out` to the sides of the result for a padded `x`; refuse an `x` that the rewrite does not hold for."""
+        pad = self.base_padding
+        result: Tensor = cut_to_sides(
+            out,
+            x,
+            cut,
+            [self.base_kernel[0], self.base_kernel[1]],
+            [self.base_stride[0], self.base_stride[1]],
+            [self.base_dilation[0], self.base_dilation[1]],
+            [pad[2] + pad[3], pad[0] + pad[1]] if self.pad_before == "" else [0, 0],
+            [self.p[0], self.p[1]],
+            [self.q[0], self.q[1]],
+            [self.only[0], self.only[1]],
+            [self.multiple[0], self.multiple[1]],
+            [self.most[0], self.most[1]],
+        )
+        return result
 
-    def folded(self, x: Tensor, height: int, width: int) -> Tensor:
-        """Run the folded kernel on a padded `x` and put its phases into a (height, width) map."""
+    def folded(self, x: Tensor) -> Tensor:
+        """Run the folded kernel on a padded `x` and put its phases in place."""
+        padded = self.to_sides(x, x, False)
         extra = self.extra_padding
         if extra[0] != 0 or extra[1] != 0 or extra[2] != 0 or extra[3] != 0:
-            x = F.pad(x, extra)
-        x = F.conv2d(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+            padded = F.pad(padded, extra)
+        out = F.conv2d(padded, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
         p_h, p_w = self.p[0], self.p[1]
         if p_h == p_w and p_h > 1:
-            x = F.pixel_shuffle(x, p_h)
+            out = F.pixel_shuffle(out, p_h)
         elif p_h != p_w:
-            x = x.unflatten(1, [-1, p_h, p_w]).permute(0, 1, 4, 2, 5, 3).flatten(4, 5).flatten(2, 3)
+            out = out.unflatten(1, [-1, p_h, p_w]).permute(0, 1, 4, 2, 5, 3).flatten(4, 5).flatten(2, 3)
         if self.trim:
-            x = x[:, :, :height, :width]
-        return x
+            out = self.to_sides(out, x, True)
+        return out
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.pad(self.before(x))
-        height, width = self.sides(x)
-        return self.folded(x, height, width)
+        return self.folded(self.pad(self.before(x)))
 
     def extra_repr(self) -> str:
         channels, kernel = self.weight.shape[0] // (self.p[0] * self.p[1]), tuple(self.weight.shape[2:])
@@ -298,8 +347,7 @@ class BorderedFoldedConv2d(FoldedConv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.pad(self.before(x))
-        height, width = self.sides(x)
-        out = self.folded(x, height, width)
+        out = self.folded(x)
         bias = self.bias
         if bias is not None:  # the first phase of each channel
             bias = bias[:: self.p[0] * self.p[1]]
