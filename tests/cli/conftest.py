@@ -1,6 +1,5 @@
 """What the tests of the command line share: a run with its output, and small files to give it."""
 
-import os
 import sys
 from dataclasses import dataclass
 
@@ -54,11 +53,11 @@ def photo(tmp_path):
 
 @pytest.fixture
 def here(tmp_path, monkeypatch):
-    """The temporary folder as the current one."""
+    """The temporary folder as the current one; modules imported from it are forgotten."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.path", [*sys.path])
-    return tmp_path
-
-
-def names_in(folder):
-    return sorted(os.listdir(folder))
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    known = set(sys.modules)
+    yield tmp_path
+    for name in set(sys.modules) - known:
+        if str(getattr(sys.modules[name], "__file__", "")).startswith(str(tmp_path)):
+            del sys.modules[name]

@@ -79,7 +79,7 @@ CASES = {
     "weights for other classes": (["resnet18", *HALF, "--weights", "seven.pth"], "give --num-classes 7$"),
     "no state dict": (["resnet18", *HALF, "--weights", "list.pth"], "holds no state dict"),
     "weights with code": (["resnet18", *HALF, "--weights", "code.pth"], "since that could run code"),
-    "image too small": (["resnet18", "--random", "--input-size", "1", "--scale", "0.5"], "changes nothing|does not"),
+    "image too small": (["resnet18", "--random", "--input-size", "1", "--scale", "0.5"], "changes nothing"),
     "folder that is not there": ([*RESNET, *HALF, "--out", "none/small.pt"], "there is no folder none"),
     "out is a folder": ([*RESNET, *HALF, "--out", "folder"], "names no format"),
     "unknown format": ([*RESNET, *HALF, "--out", "small.tflite"], "names no format"),
