@@ -63,7 +63,7 @@ def compress(
     anatomy = _anatomy_of(model, args, kwargs)
     resolved = _resolve(spec, scale, anatomy)
     self_check(model, resolved, anatomy, args, kwargs)
-    return _carry_out(copy.deepcopy(model), resolved, anatomy)
+    return carry_out(copy.deepcopy(model), resolved, anatomy)
 
 
 def compress_(
@@ -77,7 +77,7 @@ def compress_(
     anatomy = _anatomy_of(model, args, kwargs)
     resolved = _resolve(spec, scale, anatomy)
     self_check(model, resolved, anatomy, args, kwargs)
-    return _carry_out(model, resolved, anatomy)
+    return carry_out(model, resolved, anatomy)
 
 
 def spec_of(model: nn.Module) -> Spec:
@@ -180,7 +180,13 @@ def _resolve(spec: SpecLike | None, scale: float | None, anatomy: Anatomy) -> Sp
     return spec
 
 
-def _carry_out(model: Model, spec: Spec, anatomy: Anatomy) -> Model:
+def carry_out(model: Model, spec: Spec, anatomy: Anatomy) -> Model:
+    """Apply a spec in place, without any check of the outcome, and leave the record on the model.
+
+    Raises:
+        SpecError: a step does not fit this model or changes nothing in it, or stages would go back.
+        UnsupportedModelError: a method does not fit this kind of model.
+    """
     record = getattr(model, _RECORD, None)
     earlier = record if isinstance(record, Record) else Record(Spec(), anatomy, ())
     whole = earlier.spec + spec  # raises before anything is changed if the stages would go back

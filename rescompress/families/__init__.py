@@ -1,5 +1,5 @@
 """Families say where the parts of a model are: one file each, found by name, and a probe for the rest."""
 
-from rescompress.families._base import Family, describe, families
+from rescompress.families._base import Family, describe, families, register
 
-__all__ = ["Family", "describe", "families"]
+__all__ = ["Family", "describe", "families", "register"]

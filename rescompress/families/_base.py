@@ -42,14 +42,26 @@ def class_names(thing: object) -> tuple[str, ...]:
     return tuple(f"{base.__module__}.{base.__qualname__}" for base in type(thing).__mro__)
 
 
+_registered: list[Family] = []
+
+
+def register(family: Family) -> None:
+    """Add a family from outside this package; it is asked before those of the package."""
+    _registered.insert(0, family)
+
+
 @cache
-def families() -> tuple[Family, ...]:
-    """Return every family, the fallbacks last: each file of this folder gives one, called FAMILY."""
+def _shipped() -> tuple[Family, ...]:
     found = []
     for module in pkgutil.iter_modules([str(Path(__file__).parent)]):
         if not module.name.startswith("_"):
             found.append(importlib.import_module(f"{__package__}.{module.name}").FAMILY)
-    return tuple(sorted(found, key=lambda family: not family.hosts))
+    return tuple(found)
+
+
+def families() -> tuple[Family, ...]:
+    """Return every family, the fallbacks last: each file of this folder gives one, called FAMILY."""
+    return tuple(sorted([*_registered, *_shipped()], key=lambda family: not family.hosts))
 
 
 def describe(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Anatomy:

@@ -40,7 +40,7 @@ def torchvision_vit():
     vit = VisionTransformer(
         image_size=32, patch_size=8, num_layers=2, num_heads=2, hidden_dim=32, mlp_dim=64, num_classes=10
     )
-    nn.init.normal_(vit.heads.head.weight)
+    nn.init.normal_(vit.heads.head.weight, std=0.1)
     return vit, 32
 
 
