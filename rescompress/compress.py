@@ -1,6 +1,7 @@
 """compress, compress_ and spec_of: carry out a spec on a model, and refuse what cannot be proved harmless."""
 
 import copy
+import traceback
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -223,8 +224,14 @@ def _run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], failin
             return model.eval()(*args, **kwargs)
     except Exception as error:  # the host's own code runs here and may raise anything
         shapes = [tuple(leaf.shape) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        reason = " ".join(str(error).split())[:300]
+        reason = " ".join(str(error).split())[:300] or _where(error)
         raise UnsupportedModelError(f"{failing} (inputs {shapes}): {type(error).__name__}: {reason}") from error
+
+
+def _where(error: BaseException) -> str:
+    """Return the line of the host's code that raised, for errors without a message."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{frame.line} ({Path(frame.filename).name}, line {frame.lineno})"
 
 
 def _difference(reference: Any, other: Any) -> str | None:

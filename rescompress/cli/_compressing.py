@@ -181,8 +181,8 @@ def _as_deployed(folding: tuple[FoldDecision, ...]) -> str:
 def _show_predictions(outcome: Outcome) -> None:
     caveat = "" if outcome.loaded.has_meaning else f" ({MEANINGLESS})"
     if outcome.before is not None and outcome.after is not None:
-        title = f"top {len(outcome.before)} classes of {outcome.image.name}{caveat}"
-        console.table(predictions.side_by_side(outcome.before, outcome.after, title))
+        console.out(f"top {len(outcome.before)} classes of {outcome.image.name}{caveat}")
+        console.table(predictions.side_by_side(outcome.before, outcome.after))
     elif outcome.difference is not None:
         console.out(f"the outputs on {outcome.image.name} differ by {outcome.difference:.2%} of their size{caveat}")
     else:

@@ -81,10 +81,10 @@ def plain_transform(
     """
 
     def transform(image: Image.Image) -> Tensor:
-        shorter = max(round(size[0] / CROP) / image.height, round(size[1] / CROP) / image.width)
-        width, height = max(size[1], round(image.width * shorter)), max(size[0], round(image.height * shorter))
+        factor = max(int(size[0] / CROP) / image.height, int(size[1] / CROP) / image.width)
+        width, height = max(size[1], int(image.width * factor)), max(size[0], int(image.height * factor))
         image = image.resize((width, height), Image.Resampling.BICUBIC)
-        left, top = (width - size[1]) // 2, (height - size[0]) // 2
+        left, top = round((width - size[1]) / 2), round((height - size[0]) / 2)
         image = image.crop((left, top, left + size[1], top + size[0]))
         pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(*size, 3).permute(2, 0, 1)
         return (pixels / 255 - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]

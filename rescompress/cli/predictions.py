@@ -55,11 +55,11 @@ def top_classes(output: Tensor | None, labels: Sequence[str] | None) -> list[Pre
     ]
 
 
-def side_by_side(before: Sequence[Prediction], after: Sequence[Prediction], title: str) -> Any:
+def side_by_side(before: Sequence[Prediction], after: Sequence[Prediction]) -> Any:
     """Return both lists as one rich table."""
     from rich.table import Table
 
-    table = Table(title=title, title_justify="left", title_style="bold")
+    table = Table()
     table.add_column("", justify="right")
     for name in ("original", "compressed"):
         table.add_column(name)

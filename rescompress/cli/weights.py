@@ -95,12 +95,13 @@ def _read_torch(path: Path) -> Any:
 def _matching(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """Take off the prefix that training put before every name, if the model's own names then fit better."""
     own = model.state_dict().keys()
+    best = state
     for prefix in _PREFIXES:
         if all(name.startswith(prefix) for name in state):
-            stripped = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
-            if len(own & stripped.keys()) > len(own & state.keys()):
-                state = stripped
-    return state
+            state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
+            if len(own & state.keys()) > len(own & best.keys()):
+                best = state
+    return best
 
 
 def _classes_hint(state: dict[str, Tensor], own: Mapping[str, Tensor]) -> str:

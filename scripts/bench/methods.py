@@ -33,13 +33,13 @@ def candidates(model: nn.Module, x: Tensor) -> Iterator[list[rc.Step]]:
     """Yield for each method that takes this model the steps among which the one of nearest MACs is looked for."""
     if not hasattr(model, "patch_embed") and not hasattr(model, "conv_proj"):
         # Ratios of small whole numbers: those that fold can rewrite cheaply are among them.
-        scales = sorted({p / q for q in range(2, 9) for p in range(1, q)})
+        scales = sorted({p / q for q in (3, 8) for p in range(1, q)})
         yield [rc.StemResize(scale=scale) for scale in scales]
         return
     depth = len(model.blocks if hasattr(model, "blocks") else model.encoder.layers)
-    yield [rc.PatchResize(patch_size=patch) for patch in range(12, 65)]
+    yield [rc.PatchResize(patch_size=patch) for patch in range(12, 66, 2)]
     yield [rc.TokenPool(after_block=block, stride=2) for block in range(depth)]
-    yield [rc.TokenMerge(r=r) for r in range(1, 33)]
+    yield [rc.TokenMerge(r=r) for r in range(1, 25)]
 
 
 def nearest(name: str, side: int, target: int, steps: Sequence[rc.Step]) -> rc.Step | None:
@@ -73,8 +73,12 @@ def variants(name: str, model: nn.Module, x: Tensor, scale: float) -> dict[str, 
 
 
 def label(step: rc.Step) -> str:
-    options = ", ".join(f"{key}={value:.4g}" for key, value in step.to_dict().items() if key != "kind")
-    return f"{step.kind} {options}"
+    options = (f"{key}={_short(value)}" for key, value in step.to_dict().items() if key != "kind")
+    return f"{step.kind} {', '.join(options)}"
+
+
+def _short(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else "x".join(map(str, value if isinstance(value, list) else [value]))
 
 
 def table(rows: dict[str, nn.Module], x: Tensor, batch: int, budget_s: float) -> str:
@@ -120,8 +124,11 @@ def main() -> None:
     parser.add_argument("--side", type=int, default=224, help="of the square image, in pixels")
     parser.add_argument("--batch", type=int, default=8, help="images in a timed pass; MACs and memory are for one")
     parser.add_argument("--budget", type=float, default=3.0, help="seconds of timed passes for each row")
+    parser.add_argument("--threads", type=int, help="that torch computes with (default: its own choice)")
     parser.add_argument("--quick", action="store_true", help=f"{' and '.join(QUICK_MODELS)}, half a second each")
     args = parser.parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
     warnings.simplefilter("ignore", rc.RescompressWarning)  # the grids that are reached show in the MACs
     x = torch.randn(1, 3, args.side, args.side, generator=torch.Generator().manual_seed(0))
     print(machine())

@@ -70,7 +70,10 @@ CASES = {
     "weights that are a folder": (["resnet18", *HALF, "--weights", "folder"], "are a folder"),
     "weights that are none": (["resnet18", *HALF, "--weights", "text.pth"], "text.pth is damaged or not a file"),
     "truncated weights": (["resnet18", *HALF, "--weights", "cut-other.pth"], "cut-other.pth is damaged or not a file"),
-    "truncated safetensors": (["resnet18", *HALF, "--weights", "cut-other.safetensors"], "is damaged or not a safetens"),
+    "truncated safetensors": (
+        ["resnet18", *HALF, "--weights", "cut-other.safetensors"],
+        "is damaged or not a safetens",
+    ),
     "weights of another model": (
         ["resnet18", *HALF, "--weights", "other.pth"],
         r"weights of another model than this ResNet: fc.weight is \(10, 4\) instead of \(1000, 512\).*more",

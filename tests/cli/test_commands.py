@@ -1,5 +1,6 @@
 """The other commands, help, exit codes and what reaches the terminal."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -36,7 +37,9 @@ def test_help_and_inspect_do_not_wait_for_torch(tmp_path):
 
 
 def test_version_as_a_module():
-    ran = subprocess.run([sys.executable, "-m", "rescompress.cli", "--version"], capture_output=True, text=True, check=True)
+    ran = subprocess.run(
+        [sys.executable, "-m", "rescompress.cli", "--version"], capture_output=True, text=True, check=True
+    )
 
     assert ran.stdout == f"rescompress {rc.__version__}\n"
 
@@ -89,7 +92,9 @@ def test_methods(run):
     for card in cards:
         assert card["kind"] in listed.out
         assert card["summary"] and card["families"]
-        assert [option["name"] for option in card["options"]] == list(step_type_of(card["kind"]).__dataclass_fields__)
+        assert [option["name"] for option in card["options"]] == [
+            field.name for field in dataclasses.fields(step_type_of(card["kind"]))
+        ]
         assert all(option["meaning"] for option in card["options"]), card["kind"]
 
 
@@ -166,6 +171,8 @@ def test_only_our_own_warnings_are_shown(capsys):
     assert capsys.readouterr().err == "warning: ours\nwarning: UserWarning: theirs\n"
 
 
-@pytest.mark.parametrize(("number", "text"), [(0, "0 bytes"), (999, "999 bytes"), (46_929_189, "46.9 MB"), (2e9, "2.0 GB")])
+@pytest.mark.parametrize(
+    ("number", "text"), [(0, "0 bytes"), (999, "999 bytes"), (46_929_189, "46.9 MB"), (2e9, "2.0 GB")]
+)
 def test_sizes_for_people(number, text):
     assert console.size(number) == text

@@ -43,7 +43,12 @@ def test_json_is_pure_and_true(run, here, photo):
     loaded = load_model(Request(reference="resnet18", random=True, input_size=(64, 64)))
     x = loaded.transform(open_image(photo)).unsqueeze(0)
     assert data["comparison"]["before"]["macs"] == count_macs(loaded.model, x).macs
-    assert data["file"] == {"path": "small.pt", "bytes": os.path.getsize("small.pt"), "format": "torchscript", "made_by": "script"}
+    assert data["file"] == {
+        "path": "small.pt",
+        "bytes": os.path.getsize("small.pt"),
+        "format": "torchscript",
+        "made_by": "script",
+    }
     with torch.no_grad():
         for name, outputs in (("original", loaded.model(x)), ("compressed", torch.jit.load("small.pt")(x))):
             best = outputs[0].softmax(0).topk(5)
@@ -59,7 +64,10 @@ def test_json_is_pure_and_true(run, here, photo):
 @pytest.mark.parametrize(
     ("arguments", "steps"),
     [
-        (["--scale", "0.5", "--set", "stem_resize.mode=nearest"], [{"kind": "stem_resize", "scale": 0.5, "mode": "nearest"}]),
+        (
+            ["--scale", "0.5", "--set", "stem_resize.mode=nearest"],
+            [{"kind": "stem_resize", "scale": 0.5, "mode": "nearest"}],
+        ),
         (["--set", "stem_resize.size=[16, 20]"], [{"kind": "stem_resize", "size": [16, 20]}]),
         (["--spec", "spec.yaml"], [{"kind": "input_resize", "scale": 0.5}]),
         (
@@ -92,7 +100,9 @@ def test_two_steps_of_a_kind_cannot_be_set_by_kind(run, here, photo):
         "steps:\n  - {kind: token_pool, after_block: 0}\n  - {kind: token_pool, after_block: 1}\n"
     )
 
-    ran = run("compress", "test_vit", "--random", "--spec", "spec.yaml", "--set", "token_pool.stride=4", "--image", photo)
+    ran = run(
+        "compress", "test_vit", "--random", "--spec", "spec.yaml", "--set", "token_pool.stride=4", "--image", photo
+    )
 
     assert ran.code == 1
     assert "is ambiguous" in ran.errors[0]

@@ -32,7 +32,8 @@ def red_left(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("mode", "left"), [("RGBA", (255, 0, 0)), ("P", (255, 0, 0)), ("CMYK", (255, 0, 0)), ("L", (76, 76, 76)), ("1", None)]
+    ("mode", "left"),
+    [("RGBA", (255, 0, 0)), ("P", (255, 0, 0)), ("CMYK", (255, 0, 0)), ("L", (76, 76, 76)), ("1", None)],
 )
 def test_any_mode_of_image_becomes_rgb(mode, left, red_left, tmp_path):
     path = tmp_path / ("image.tif" if mode == "CMYK" else "image.png")
@@ -129,13 +130,18 @@ def test_weights_that_do_not_fit_change_nothing(tmp_path):
     torch.testing.assert_close(dict(target.state_dict()), before, rtol=0, atol=0)
 
 
+def answers_late(*_args, **_more):
+    time.sleep(1)
+    raise OSError("too late")
+
+
 def test_reachable_is_what_answers_in_time(monkeypatch):
     monkeypatch.setattr("urllib.request.getproxies", dict)
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = f"http://127.0.0.1:{server.getsockname()[1]}/x"
         assert download.reachable(address)
     assert not download.reachable(address)
-    monkeypatch.setattr("socket.create_connection", lambda *_args, **_more: time.sleep(1))
+    monkeypatch.setattr("socket.create_connection", answers_late)
     started = time.perf_counter()
     assert not download.reachable(address, timeout_s=0.05)
     assert time.perf_counter() - started < 0.8

@@ -25,7 +25,9 @@ def write_zip(path, members, compression=zipfile.ZIP_STORED):
 
 
 def test_header_and_spec_come_back(tmp_path):
-    path = write_zip(tmp_path / "a.pt", [("a/data.pkl", b""), ("a/extra/rescompress.json", header_text({"spec": SPEC}))])
+    path = write_zip(
+        tmp_path / "a.pt", [("a/data.pkl", b""), ("a/extra/rescompress.json", header_text({"spec": SPEC}))]
+    )
 
     assert read_header(path) == {"header_schema": HEADER_SCHEMA, "spec": SPEC}
     assert read_spec(str(path)) == Spec.from_dict(SPEC)
@@ -81,9 +83,7 @@ def test_a_truncated_file_is_refused(tmp_path):
 
 
 def test_a_damaged_member_is_refused(tmp_path):
-    path = write_zip(
-        tmp_path / "a.pt", [("a/extra/rescompress.json", json.dumps(HEADER) * 3)], zipfile.ZIP_DEFLATED
-    )
+    path = write_zip(tmp_path / "a.pt", [("a/extra/rescompress.json", json.dumps(HEADER) * 3)], zipfile.ZIP_DEFLATED)
     data = bytearray(path.read_bytes())
     data[60:70] = bytes(10)
     path.write_bytes(data)

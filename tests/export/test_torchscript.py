@@ -60,7 +60,7 @@ CASES = {
 }
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="module")
 def one_thread():
     before = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -70,7 +70,7 @@ def one_thread():
 
 
 @pytest.fixture(scope="module")
-def written(tmp_path_factory):
+def written(one_thread, tmp_path_factory):
     """Write every case and run all files in one other process; case -> (model, compressed model, inputs, path)."""
     folder = tmp_path_factory.mktemp("files")
     found = {}
