@@ -22,6 +22,15 @@ PLAIN = [("nearest", False), ("bilinear", False), ("area", False), ("bicubic", F
 EVERY = [*PLAIN, ("bilinear", True), ("bicubic", True)]
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    # Maps this small are slower on two threads, and much slower beside other work.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def stem(conv: nn.Conv2d | None = None, *, before: nn.Module | None = None, same: bool = False, **resize) -> nn.Module:
     torch.manual_seed(0)
     conv = nn.Conv2d(3, 4, 7, 2, 3) if conv is None else conv
@@ -123,7 +132,7 @@ def cases(draw):
     return ResizedConv2d.from_conv(conv, after=resize), x
 
 
-@settings(max_examples=250, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=150, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
 @given(cases())
 def test_folded_equals_interpolated(case):
     model, x = case
@@ -398,7 +407,7 @@ def test_decision_prints_as_one_readable_line():
     [
         ({"scale": (0.333, 0.5)}, "no ratio of whole numbers up to 64; the nearest is 1/3"),
         ({"scale": (0.7, 0.7)}, "side 90 times scale 0.7 is rounded below 63"),
-        ({"scale": (61 / 64, 61 / 64)}, "elements, more than"),
+        ({"scale": (19 / 28, 19 / 28)}, "elements, more than"),
         ({"size": (16, 16)}, "changes nothing at this size"),
         ({"size": (32, 32)}, "16 to 32 enlarges"),
     ],

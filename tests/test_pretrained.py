@@ -51,7 +51,9 @@ def test_most_of_the_accuracy_stays_at_three_quarters(
     total = len(photographs[1])
     original = right(network, photographs)
     found = {
-        f"{step.kind} {step.mode} {step.scale}" + " antialiased" * (step.antialias is True): right(rc.compress(network, step), photographs)
+        f"{step.kind} {step.mode} {step.scale}" + " antialiased" * (step.antialias is True): right(
+            rc.compress(network, step), photographs
+        )
         for step in (
             rc.StemResize(scale=0.75),
             rc.StemResize(scale=0.75, mode="nearest"),

@@ -4,8 +4,10 @@ import argparse
 import json
 from typing import Any
 
+import yaml
+
 from rescompress.cli import console
-from rescompress.export import read_header, read_spec
+from rescompress.export import read_header
 
 SUMMARY = "show what a written file says of itself, without loading the model"
 
@@ -27,16 +29,17 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         console.out(json.dumps(header, indent=2))
         return 0
-    spec = read_spec(args.file)
+    # As plain data: a spec object would import its methods, and torch with them.
+    spec = header["spec"]
     console.out(f"{args.file}: {header.get('format')}, made by torch.jit.{header.get('made_by')}")
     for title, value in _facts(header):
         console.out(f"  {title:14} {value}")
     console.out()
     console.out(
-        "spec (rescompress compress --spec takes it):" if spec.steps else "no spec: the model is not compressed"
+        "spec (rescompress compress --spec takes it):" if spec.get("steps") else "no spec: the model is not compressed"
     )
-    if spec.steps:
-        console.out(spec.to_yaml().rstrip())
+    if spec.get("steps"):
+        console.out(yaml.safe_dump(spec, sort_keys=False).rstrip())
     _show_report(header.get("report"))
     return 0
 
@@ -45,16 +48,16 @@ def _facts(header: dict[str, Any]) -> list[tuple[str, str]]:
     model = _mapping(header.get("model"))
     facts = [("model", f"{model.get('architecture') or ''} ({model.get('class')})".strip())]
     facts.append(("parameters", f"{model.get('parameters')}, {model.get('weight_bytes')} bytes with buffers"))
-    for given in header.get("inputs") or []:
+    for given in _items(header.get("inputs")):
         facts.append(("input", f"{_mapping(given).get('dtype')} {_mapping(given).get('shape')}"))
     facts.append(("batch sizes", f"{header.get('batch_sizes_checked')} compared with the model when written"))
-    facts += [("reached", str(line)) for line in header.get("log") or []]
-    for decision in header.get("fold") or []:
+    facts += [("reached", str(line)) for line in _items(header.get("log"))]
+    for decision in _items(header.get("fold")):
         state = "folded" if _mapping(decision).get("folded") else "kept"
         facts.append(("fold", f"{_mapping(decision).get('name')}: {state}, {_mapping(decision).get('reason')}"))
     if header.get("preprocessing"):
         facts.append(("preprocessing", _joined(header["preprocessing"])))
-    if header.get("labels"):
+    if _items(header.get("labels")):
         facts.append(("labels", f"{len(header['labels'])} class names (--json lists them)"))
     facts.append(("versions", _joined(header.get("versions"))))
     return facts
@@ -76,3 +79,7 @@ def _joined(value: Any) -> str:
 def _mapping(value: Any) -> dict[str, Any]:
     """Return a part of the header if it is what it should be: the file may come from anywhere."""
     return value if isinstance(value, dict) else {}
+
+
+def _items(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []

@@ -98,19 +98,13 @@ def how_padded(conv: ResizedConv2d, *, bordered: bool) -> str:
 
 
 def _compose(phases: Phases, kernel: int, stride: int, dilation: int, pad: Pair) -> Axis:
-    window = phases.weights.shape[1]
-    offsets = {
-        stride * o + dilation * k
-        for o in range(window)
-        for k in range(kernel)
-        if bool((phases.weights[:, o] != 0).any())
-    }
+    used = [o for o, weights in enumerate(phases.weights.T.tolist()) if any(weights)]
+    offsets = [stride * o + dilation * k for o in used for k in range(kernel)]
     step = math.gcd(*offsets) or 1
     matrix = torch.zeros(phases.p, max(offsets) // step + 1, kernel, dtype=torch.float64)
-    for o in range(window):
+    for o in used:
         for k in range(kernel):
-            if (stride * o + dilation * k) in offsets:
-                matrix[:, (stride * o + dilation * k) // step, k] += phases.weights[:, o]
+            matrix[:, (stride * o + dilation * k) // step, k] += phases.weights[:, o]
     # One output row of the base convolution reads `reach` rows, a folded one `span` rows.
     reach, span, jump = dilation * (kernel - 1) + 1, max(offsets) + 1, stride * phases.q
     start = pad[0] - stride * phases.first

@@ -3,6 +3,7 @@
 The weights are not taken from a formula but from `F.interpolate` itself, and checked on every length that matters.
 """
 
+import functools
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -58,6 +59,7 @@ IDENTITY = Phases(1, 1, 0, torch.ones(1, 1, dtype=torch.float64), 0, 0, (8,))
 """A resize that changes nothing."""
 
 
+@functools.lru_cache(maxsize=128)
 def phases_of_scale(scale: float, mode: str, antialias: bool) -> Phases:
     """Return the pattern of a resize by `scale`.
 
@@ -78,16 +80,17 @@ def phases_of_scale(scale: float, mode: str, antialias: bool) -> Phases:
     if lost.any():
         at = int(count[lost][0])
         raise NotPeriodicError(f"side {at * q} times scale {scale} is rounded below {at * p}")
-    blocks = _margin(p, q) + 2
+    blocks = 2 * _margin(p, q) + 1  # room for a border at each end and the pattern in between
     if mode == "area":
-        return _phases(p, q, scale, mode, antialias, lengths=[2 * blocks * q], multiple=q)
+        return _phases(p, q, scale, mode, antialias, lengths=[blocks * q], multiple=q)
     most = 0
     if mode == "nearest":
         _check_nearest(p, q, scale)
         most = MAX_SIDE if p > 1 else 0
-    return _phases(p, q, scale, mode, antialias, lengths=range(2 * blocks * q, (2 * blocks + 1) * q), most=most)
+    return _phases(p, q, scale, mode, antialias, lengths=range(blocks * q, (blocks + 1) * q), most=most)
 
 
+@functools.lru_cache(maxsize=128)
 def phases_of_size(length: int, size: int, mode: str, antialias: bool) -> Phases:
     """Return the pattern of a resize from `length` to `size`.
 

@@ -78,7 +78,9 @@ def label(step: rc.Step) -> str:
 
 
 def _short(value: object) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else "x".join(map(str, value if isinstance(value, list) else [value]))
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return "x".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def table(rows: dict[str, nn.Module], x: Tensor, batch: int, budget_s: float) -> str:

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import subprocess
 import sys
+import zipfile
 
 import pytest
 import torch
@@ -44,6 +45,20 @@ def test_version_as_a_module():
     assert ran.stdout == f"rescompress {rc.__version__}\n"
 
 
+def test_inspect_shows_a_spec_that_this_version_does_not_know_and_does_not_load_torch(tmp_path):
+    header = header_text({"spec": {"schema": 1, "steps": [{"kind": "of_tomorrow", "x": 3}]}, "log": 4, "report": []})
+    with zipfile.ZipFile(tmp_path / "a.pt", "w") as archive:
+        archive.writestr("a/extra/rescompress.json", header)
+    code = f"import sys; from rescompress.cli import main; main(['inspect', {str(tmp_path / 'a.pt')!r}])\n"
+
+    ran = subprocess.run(
+        [sys.executable, "-c", f"{code}sys.exit('torch' in sys.modules)"], capture_output=True, text=True, check=False
+    )
+
+    assert ran.returncode == 0
+    assert "- kind: of_tomorrow\n  x: 3\n" in ran.stdout
+
+
 def test_measure(run):
     table = run("measure", "resnet18", "--random", "--input-size", "64", "--quick", "--modules", "1")
     plain = run("measure", "resnet18", "--random", "--input-size", "64", "--quick", "--json")
@@ -72,9 +87,7 @@ def test_inspect(run, tmp_path):
 
 
 def test_inspect_does_not_obey_what_a_file_says(run, tmp_path):
-    import zipfile
-
-    header = {"spec": {"steps": []}, "format": "\x1b[2J\x07", "model": 3, "fold": ["x"], "inputs": [7], "report": []}
+    header = {"spec": {"steps": []}, "format": "\x1b[2J\x07", "model": 3, "fold": ["x"], "inputs": [7], "labels": 5}
     with zipfile.ZipFile(tmp_path / "a.pt", "w") as archive:
         archive.writestr("a/extra/rescompress.json", header_text(header))
 

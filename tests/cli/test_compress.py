@@ -88,8 +88,8 @@ def test_a_new_step_is_put_where_its_stage_is(run, here, photo):
     (here / "spec.yaml").write_text("steps:\n  - {kind: token_merge, r: 2}\n")
 
     ran = run(
-        "compress", "test_vit", "--random", "--input-size", "64", "--spec", "spec.yaml", "--set", "input_resize.scale=0.5",
-        "--image", photo, "--quick", "--json",
+        "compress", "test_vit", "--random", "--input-size", "64", "--spec", "spec.yaml",
+        "--set", "input_resize.scale=0.5", "--image", photo, "--quick", "--json",
     )  # fmt: skip
 
     assert [step["kind"] for step in json.loads(ran.out)["spec"]["steps"]] == ["input_resize", "token_merge"]
@@ -138,7 +138,8 @@ def test_a_model_of_the_users_own(run, here, photo):
     (here / "mynet.py").write_text(
         "import torch\n"
         "def segmenter():\n"
-        "    return torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3, stride=2), torch.nn.ReLU(), torch.nn.Conv2d(4, 2, 1))\n"
+        "    stem = torch.nn.Conv2d(3, 4, 3, stride=2)\n"
+        "    return torch.nn.Sequential(stem, torch.nn.ReLU(), torch.nn.Conv2d(4, 2, 1))\n"
     )
 
     ran = run("compress", "mynet:segmenter", "--input-size", "32x48", "--scale", "0.5", "--image", photo, "--quick")

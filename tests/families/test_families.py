@@ -1,0 +1,128 @@
+"""families: what they read off the models, by name and without importing the library."""
+
+import subprocess
+import sys
+
+import pytest
+import timm
+import torch
+import torchvision
+from torch import nn
+
+import rescompress as rc
+from rescompress import families
+from rescompress.anatomy import ConvAnatomy
+from rescompress.families import _base
+from tests.zoo import MODELS, build, image
+
+FIRST_CONV = {
+    "resnet18": ("resnet", "conv1", (32, 32)),
+    "resnet50d": ("resnet", "conv1.0", (32, 32)),
+    "torchvision resnet50": ("resnet", "conv1", (32, 32)),
+    "resnetv2_50": ("convolutional", "stem.conv", (32, 32)),
+    "regnetx_002": ("convolutional", "stem.conv", (32, 32)),
+    "convnext_atto": ("convolutional", "stem.0", (16, 16)),
+    "mobilenetv3_small_050": ("convolutional", "conv_stem", (32, 32)),
+    "tf_efficientnet_lite0": ("convolutional", "conv_stem", (32, 32)),
+}
+
+
+@pytest.mark.parametrize("name", FIRST_CONV)
+def test_convolutional_anatomies(name: str) -> None:
+    anatomy = families.describe(build(name), (image(name),))
+    assert (anatomy.family, anatomy.first_conv, anatomy.stem_grid) == FIRST_CONV[name]
+    assert anatomy.input_size == (64, 64)
+
+
+PREFIX = {
+    "vit_tiny_patch16_224": (1, 1, (4, 4)),
+    "deit3_small_patch16_224": (1, 0, (4, 4)),
+    "vit_small_patch14_reg4_dinov2": (5, 0, (4, 4)),
+    "vit_base_patch16_siglip_224": (0, 0, (4, 4)),
+    "deit_tiny_distilled_patch16_224": (2, 2, (4, 4)),
+    "torchvision vit_b_16": (1, 1, (4, 4)),
+}
+
+
+@pytest.mark.parametrize("name", PREFIX)
+def test_vit_anatomies(name: str) -> None:
+    model = build(name)
+    anatomy = families.describe(model, (image(name),))
+    assert (anatomy.num_prefix_tokens, anatomy.pos_embed_prefix_tokens, anatomy.grid) == PREFIX[name]
+    assert len(anatomy.blocks) == 12 and len(anatomy.grids) == 13
+    for fqn in (anatomy.patch_conv, anatomy.norm, *anatomy.blocks):
+        assert isinstance(model.get_submodule(fqn), nn.Module)
+    assert model.get_parameter(anatomy.pos_embed).shape[1] == anatomy.pos_embed_prefix_tokens + 16
+
+
+def test_every_model_of_the_zoo_has_a_family() -> None:
+    names = [family.name for family in families.families()]
+    assert names[-1] == "convolutional" and {"resnet", "vit"} <= set(names)
+    for name in MODELS:
+        assert families.describe(build(name), (image(name),)).family in names
+
+
+def test_the_probe_equals_the_named_family() -> None:
+    """The fallback finds by running what the family knows by name."""
+    from rescompress.families import convolutional
+
+    for name in ("resnet18", "resnet50d", "torchvision resnet50"):
+        probed = convolutional.describe(build(name), (image(name),), {})
+        named = families.describe(build(name), (image(name),))
+        assert (probed.first_conv, probed.stem_grid) == (named.first_conv, named.stem_grid)
+
+
+class ByValue(nn.Module):
+    """Looks at the values of its input, so it cannot run on the meta device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.conv(x * float(x.mean())).mean((2, 3))
+
+
+def test_models_that_look_at_values_are_probed_for_real() -> None:
+    small = rc.compress(ByValue(), scale=0.5, example_input=torch.rand(1, 3, 18, 18))
+    assert rc.spec_of(small) == rc.Spec.of(rc.StemResize(scale=0.5))
+
+
+def test_hybrid_and_convolutional_stems_are_refused_with_a_reason() -> None:
+    hybrid = timm.create_model("vit_tiny_r_s16_p8_224", depth=1)
+    with pytest.raises(rc.UnsupportedModelError, match=r"cuts patches with timm\.layers\.hybrid_embed\.HybridEmbed"):
+        rc.compress(hybrid, scale=0.5)
+    stem = torchvision.models.vision_transformer.ConvStemConfig(8, 3, 2)
+    model = torchvision.models.VisionTransformer(32, 2, 1, 1, 8, 8, conv_stem_configs=[stem])
+    with pytest.raises(rc.UnsupportedModelError, match="convolutional stem"):
+        rc.compress(model, scale=0.5)
+
+
+def test_a_family_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_base, "_registered", [])
+
+    class Made(nn.Sequential):
+        pass
+
+    def describe(model: nn.Module, args: tuple[torch.Tensor], kwargs: dict[str, object]) -> ConvAnatomy:
+        return ConvAnatomy(family="made", input_size=(16, 16), first_conv="1", stem_grid=(14, 14))
+
+    host = f"{Made.__module__}.{Made.__qualname__}"
+    families.register(
+        families.Family(name="made", summary="for the test", methods=("stem_resize",), hosts=(host,), describe=describe)
+    )
+    model = Made(nn.Conv2d(3, 3, 1), nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    small = rc.compress(model, scale=0.5, example_input=torch.rand(1, 3, 16, 16))
+    assert small._rescompress.anatomy.family == "made" and type(small[1]).__name__ == "ResizedConv2d"
+
+
+def test_describing_imports_no_library() -> None:
+    code = (
+        "import sys, torch, rescompress as rc\n"
+        "m = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())\n"
+        "rc.compress(m, scale=0.5, example_input=torch.rand(1, 3, 18, 18))\n"
+        "heavy = {'timm', 'torchvision', 'lightning', 'transformers', 'mmseg', 'torchao'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

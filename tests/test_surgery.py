@@ -1,0 +1,104 @@
+"""surgery: swapping and inserting keep names, sharing clones share weights and nothing else."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import rescompress as rc
+from rescompress import surgery
+from rescompress.layers.resize import Resize2d, ResizedConv2d
+from rescompress.layers.wrap import ResizedModule
+
+
+def net() -> nn.Module:
+    model = nn.Sequential()
+    model.add_module("a", nn.Conv2d(3, 4, 3))
+    model.add_module("b", nn.Sequential(nn.BatchNorm2d(4), nn.ReLU()))
+    return model
+
+
+def test_get_names_the_model_and_the_missing_part() -> None:
+    model = net()
+    assert surgery.get(model, "b.1") is model.b[1]
+    assert surgery.get(model, "") is model
+    with pytest.raises(rc.UnsupportedModelError, match=r"Sequential has no module 'b\.2'"):
+        surgery.get(model, "b.2")
+
+
+def test_swap_replaces_every_registration_and_keeps_the_mode() -> None:
+    model = net().eval()
+    model.add_module("again", model.a)
+    new = nn.Conv2d(3, 4, 1)
+    surgery.swap(model, "a", new)
+    assert model.a is new and model.again is new and not new.training
+    with pytest.raises(rc.UnsupportedModelError, match="cannot be swapped"):
+        surgery.swap(model, "", new)
+
+
+def test_insert_after_keeps_the_siblings_names_and_order() -> None:
+    model = net()
+    keys = list(model.state_dict())
+    surgery.insert_after(model, "b.0", "new", nn.Tanh())
+    assert [name for name, _ in model.b.named_children()] == ["0", "new", "1"]
+    assert list(model.state_dict()) == keys
+    x = torch.rand(2, 3, 5, 5)
+    torch.testing.assert_close(model(x), model.b[2](torch.tanh(model.b[0](model.a(x)))))
+    holder = nn.ModuleDict({"x": nn.ReLU()})
+    with pytest.raises(rc.UnsupportedModelError, match=r"is a ModuleDict, not an nn\.Sequential"):
+        surgery.insert_after(holder, "x", "y", nn.ReLU())
+
+
+def test_a_shared_clone_shares_tensors_and_no_modules() -> None:
+    model = net()
+    clone = surgery.clone_shared(model)
+    assert all(a is b for a, b in zip(model.parameters(), clone.parameters(), strict=True))
+    assert all(a is b for a, b in zip(model.buffers(), clone.buffers(), strict=True))
+    assert not set(map(id, model.modules())) & set(map(id, clone.modules()))
+    meta = surgery.clone_shared(model, "meta")
+    assert all(p.is_meta for p in meta.parameters()) and not any(p.is_meta for p in model.parameters())
+
+
+def test_set_parameter_keeps_requires_grad() -> None:
+    model = net()
+    model.a.bias.requires_grad_(False)
+    surgery.set_parameter(model, "a.bias", torch.ones(4))
+    assert isinstance(model.a.bias, nn.Parameter) and not model.a.bias.requires_grad
+    surgery.set_parameter(model, "b.0.running_mean", torch.ones(4))
+    torch.testing.assert_close(dict(model.named_buffers())["b.0.running_mean"], torch.ones(4))
+    with pytest.raises(rc.UnsupportedModelError, match="is no tensor"):
+        surgery.get_parameter(model, "a.stride")
+
+
+def test_output_grid_runs_the_convolution_alone() -> None:
+    conv = nn.Conv2d(3, 4, 7, 2, 3)
+    assert surgery.output_grid(conv, (224, 225)) == (112, 113)
+    resized = ResizedConv2d.from_conv(conv, before=Resize2d((0.5, 0.5)), after=Resize2d((0.5, 0.5)))
+    assert surgery.output_grid(resized, (224, 225)) == (112, 113)
+
+
+def test_a_wrapped_module_keeps_its_names_in_state_dicts() -> None:
+    model = net()
+    before = copy.deepcopy(model.state_dict())
+    surgery.swap(model, "a", ResizedModule(model.a, nn.Identity(), Resize2d((0.5, 0.5))))
+    assert sorted(model.state_dict()) == sorted(before)
+    wrapped = copy.deepcopy(model)
+    nn.init.zeros_(wrapped.a.inner.weight)
+    wrapped.load_state_dict(before)
+    torch.testing.assert_close(wrapped.a.inner.weight, before["a.weight"])
+    with pytest.raises(RuntimeError, match="Missing key"):
+        wrapped.load_state_dict({key: value for key, value in before.items() if key != "a.weight"})
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"scale": (0.5, 0.5), "size": (2, 2)}])
+def test_a_resize_takes_a_scale_or_a_size(kwargs: dict[str, tuple[float, float]]) -> None:
+    with pytest.raises(ValueError, match="either a scale or a size"):
+        Resize2d(**kwargs)
+
+
+def test_a_resize_never_makes_an_empty_map() -> None:
+    resize = Resize2d((0.25, 0.25))
+    assert resize(torch.rand(1, 1, 3, 8)).shape == (1, 1, 1, 2)
+    x = torch.rand(2, 3, 4, 4)
+    assert Resize2d((1.0, 1.0))(x) is x
