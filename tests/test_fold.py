@@ -132,7 +132,7 @@ def cases(draw):
     return ResizedConv2d.from_conv(conv, after=resize), x
 
 
-@settings(max_examples=150, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=250, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
 @given(cases())
 def test_folded_equals_interpolated(case):
     model, x = case
@@ -424,7 +424,7 @@ def test_what_cannot_be_folded_stays_with_its_reason(resize, reason):
 
 
 def test_rounding_of_nearest_is_found_out():
-    # float32(1 / (5 / 12)) is below 12 / 5: output 5 would be input 12, and is input 11 or 12 as the machine rounds.
+    # 13 / 11 in float32 is a little low: some output 11 * t is floored to input 13 * t - 1, and the pattern is broken.
     found = {}
     for p, q in ((5, 12), (11, 13), (3, 7), (2, 3)):
         try:
@@ -437,6 +437,7 @@ def test_rounding_of_nearest_is_found_out():
         ideal = (torch.arange(real.numel()) * q // p).double()
         assert found[p, q] is not None or torch.equal(real, ideal)
     assert found[2, 3] is None
+    assert "float32 rounding" in found[11, 13]
 
 
 def test_hooks_subclasses_and_unreached_convolutions_stay():

@@ -15,6 +15,7 @@ import torchvision
 from torch import Tensor, nn
 
 import rescompress as rc
+from rescompress.fold import fold_decisions
 from rescompress.measure import count_macs, time_models
 from rescompress.measure.latency import SpeedUp
 
@@ -29,7 +30,7 @@ def build(name: str) -> nn.Module:
     return timm.create_model(name).eval()
 
 
-def candidates(model: nn.Module, x: Tensor) -> Iterator[list[rc.Step]]:
+def candidates(model: nn.Module, scale: float) -> Iterator[list[rc.Step]]:
     """Yield for each method that takes this model the steps among which the one of nearest MACs is looked for."""
     if not hasattr(model, "patch_embed") and not hasattr(model, "conv_proj"):
         # Ratios of small whole numbers: those that fold can rewrite cheaply are among them.
@@ -37,9 +38,9 @@ def candidates(model: nn.Module, x: Tensor) -> Iterator[list[rc.Step]]:
         yield [rc.StemResize(scale=scale) for scale in scales]
         return
     depth = len(model.blocks if hasattr(model, "blocks") else model.encoder.layers)
-    yield [rc.PatchResize(patch_size=patch) for patch in range(12, 66, 2)]
+    yield [rc.PatchResize(scale=scale)]  # the same grid as the baseline
     yield [rc.TokenPool(after_block=block, stride=2) for block in range(depth)]
-    yield [rc.TokenMerge(r=r) for r in range(1, 25)]
+    yield [rc.TokenMerge(r=r) for r in range(2, 50, 2)]
 
 
 def nearest(name: str, side: int, target: int, steps: Sequence[rc.Step]) -> rc.Step | None:
@@ -61,13 +62,13 @@ def variants(name: str, model: nn.Module, x: Tensor, scale: float) -> dict[str, 
     baseline = rc.InputResize(scale=scale)
     rows = {"original": model, label(baseline): rc.compress(model, baseline, example_input=x)}
     target = count_macs(rows[label(baseline)], x).macs
-    for steps in candidates(model, x):
+    for steps in candidates(model, scale):
         step = nearest(name, x.shape[-1], target, steps)
         if step is None:
             continue
         small = rc.compress(model, step, example_input=x)
         rows[label(step)] = small
-        if isinstance(step, rc.StemResize):
+        if any(decision.folded for decision in fold_decisions(small, x)):
             rows[f"{label(step)}, folded"] = rc.fold(small, x)
     return rows
 
