@@ -3,7 +3,7 @@
 import copy
 import traceback
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,7 +17,7 @@ from rescompress.anatomy import Anatomy, ConvAnatomy, ViTAnatomy
 from rescompress.errors import RescompressWarning, SpecError, UnsupportedModelError
 from rescompress.families import describe
 from rescompress.inputs import as_args, default_input
-from rescompress.spec import Spec, Step, check_scale
+from rescompress.spec import Samples, Spec, Step, check_scale
 
 Model = TypeVar("Model", bound=nn.Module)
 SpecLike = Spec | Step | str | Path | Mapping[str, Any]
@@ -32,7 +32,7 @@ class Record:
     Attributes:
         spec: all steps carried out so far
         anatomy: what the model looks like now, so that later steps can go on from here
-        log: one line a step: the grid before and after
+        log: what each step did, a line or more: the grid before and after, layers that were left as they were
     """
 
     spec: Spec
@@ -41,7 +41,12 @@ class Record:
 
 
 def compress(
-    model: Model, spec: SpecLike | None = None, *, scale: float | None = None, example_input: Any = None
+    model: Model,
+    spec: SpecLike | None = None,
+    *,
+    scale: float | None = None,
+    example_input: Any = None,
+    calibration: Iterable[Any] | str | None = None,
 ) -> Model:
     """Return a compressed copy of `model`; the model itself is untouched.
 
@@ -55,6 +60,8 @@ def compress(
             StemResize for convolutional networks, PatchResize for ViTs, or InputResize where the patches do not fit.
         example_input: a tensor or a tuple of arguments as for torch.export; by default from the model's own config,
             else 1 x 3 x 224 x 224.
+        calibration: inputs that stand for real ones, each given like `example_input`, for steps that find ranges of
+            activations; or "random" for noise, which shows speed and nothing about accuracy.
 
     Raises:
         SpecError: the spec is wrong, does not fit this model, or changes nothing.
@@ -63,12 +70,18 @@ def compress(
     args, kwargs = _example(model, example_input)
     anatomy = _anatomy_of(model, args, kwargs)
     resolved = _resolve(spec, scale, anatomy)
-    self_check(model, resolved, anatomy, args, kwargs)
-    return carry_out(copy.deepcopy(model), resolved, anatomy)
+    samples = samples_of(args, kwargs, calibration)
+    self_check(model, resolved, anatomy, args, kwargs, samples)
+    return carry_out(copy.deepcopy(model), resolved, anatomy, samples)
 
 
 def compress_(
-    model: Model, spec: SpecLike | None = None, *, scale: float | None = None, example_input: Any = None
+    model: Model,
+    spec: SpecLike | None = None,
+    *,
+    scale: float | None = None,
+    example_input: Any = None,
+    calibration: Iterable[Any] | str | None = None,
 ) -> Model:
     """Compress `model` in place and return it; arguments and errors are those of `compress`.
 
@@ -77,8 +90,9 @@ def compress_(
     args, kwargs = _example(model, example_input)
     anatomy = _anatomy_of(model, args, kwargs)
     resolved = _resolve(spec, scale, anatomy)
-    self_check(model, resolved, anatomy, args, kwargs)
-    return carry_out(model, resolved, anatomy)
+    samples = samples_of(args, kwargs, calibration)
+    self_check(model, resolved, anatomy, args, kwargs, samples)
+    return carry_out(model, resolved, anatomy, samples)
 
 
 def spec_of(model: nn.Module) -> Spec:
@@ -122,20 +136,54 @@ def default_spec(anatomy: Anatomy, scale: float) -> Spec:
     raise SpecError(f"a plain scale has no meaning for a {anatomy.family} network; give a spec")
 
 
-def self_check(model: nn.Module, spec: Spec, anatomy: Anatomy, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def samples_of(args: tuple[Any, ...], kwargs: dict[str, Any], calibration: Iterable[Any] | str | None) -> Samples:
+    """Return the example and the calibration inputs as steps take them.
+
+    Raises:
+        SpecError: the calibration is neither inputs nor "random", or is empty.
+    """
+    example = (args, kwargs)
+    if calibration is None:
+        return Samples(example)
+    if calibration == "random":
+
+        def noise(leaf: Any) -> Any:
+            return torch.randn_like(leaf) if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
+
+        return Samples(example, (tree_map(noise, example),), random=True)
+    if isinstance(calibration, str | Tensor | nn.Module) or not isinstance(calibration, Iterable):
+        raise SpecError(
+            f"calibration must be an iterable of inputs or 'random', got {type(calibration).__name__}"
+            + (f" {calibration!r}" if isinstance(calibration, str) else "; put a single batch into a list")
+        )
+    batches = tuple(as_args(batch) for batch in calibration)
+    if not batches:
+        raise SpecError("calibration is empty; give at least one batch of inputs")
+    return Samples(example, batches)
+
+
+def self_check(
+    model: nn.Module,
+    spec: Spec,
+    anatomy: Anatomy,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    samples: Samples | None = None,
+) -> None:
     """Try a spec on clones that share the model's weights: at zero reduction, then as it is.
 
     Raises:
         SpecError: a step does not fit this model or changes nothing in it.
         UnsupportedModelError: the outputs at zero reduction differ from the model's own, or the reduced model fails.
     """
+    samples = Samples((args, kwargs)) if samples is None else samples
     reference = _run(surgery.clone_shared(model), args, kwargs, "the model itself does not run on its example input")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RescompressWarning)  # they are given once, when the model itself is changed
         reduced = surgery.clone_shared(model)
-        _apply(reduced, spec, anatomy)
+        _apply(reduced, spec, anatomy, samples)
         identity = surgery.clone_shared(model)
-        _apply(identity, spec.identity(), anatomy)
+        _apply(identity, spec.identity(), anatomy, samples)
     kinds = " + ".join(step.kind for step in spec)
     same = _run(identity, args, kwargs, f"{kinds} at zero reduction breaks this {type(model).__name__}")
     difference = _difference(reference, same)
@@ -183,7 +231,7 @@ def _resolve(spec: SpecLike | None, scale: float | None, anatomy: Anatomy) -> Sp
     return spec
 
 
-def carry_out(model: Model, spec: Spec, anatomy: Anatomy) -> Model:
+def carry_out(model: Model, spec: Spec, anatomy: Anatomy, samples: Samples | None = None) -> Model:
     """Apply a spec in place, without any check of the outcome, and leave the record on the model.
 
     Raises:
@@ -193,20 +241,21 @@ def carry_out(model: Model, spec: Spec, anatomy: Anatomy) -> Model:
     record = getattr(model, _RECORD, None)
     earlier = record if isinstance(record, Record) else Record(Spec(), anatomy, ())
     whole = earlier.spec + spec  # raises before anything is changed if the stages would go back
-    anatomy, log = _apply(model, spec, anatomy)
+    anatomy, log = _apply(model, spec, anatomy, Samples() if samples is None else samples)
     setattr(model, _RECORD, Record(whole, anatomy, earlier.log + log))
     return model
 
 
-def _apply(model: nn.Module, spec: Spec, anatomy: Anatomy) -> tuple[Anatomy, tuple[str, ...]]:
-    log = []
+def _apply(model: nn.Module, spec: Spec, anatomy: Anatomy, samples: Samples) -> tuple[Anatomy, tuple[str, ...]]:
+    log: list[str] = []
     for step in spec:
         before = surgery.fingerprint(model)
-        new = step.apply(model, anatomy)
+        applied = step.apply_with(model, anatomy, samples)
         if surgery.fingerprint(model) == before:
             raise SpecError(f"{step.to_dict()} changed nothing in this {type(model).__name__}")
-        log.append(f"{step.kind}: {_change(anatomy, new)}")
-        anatomy = new
+        told = applied.notes or (_change(anatomy, applied.anatomy),)
+        log.extend(f"{step.kind}: {line}" for line in told)
+        anatomy = applied.anatomy
     return anatomy, tuple(log)
 
 
@@ -240,7 +289,7 @@ def _difference_in_double(
     original = copy.deepcopy(model).double()  # not a shared clone: double() would convert the model's own weights
     failing = f"this {type(model).__name__} does not run in double precision"
     reference = _run(original, args, kwargs, failing)
-    _apply(original, identity, anatomy)
+    _apply(original, identity, anatomy, Samples((args, kwargs)))
     return _difference(reference, _run(original, args, kwargs, failing))
 
 

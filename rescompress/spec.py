@@ -24,6 +24,38 @@ SCHEMA = 1
 _registered: dict[str, type["Step"]] = {}
 
 
+Run = tuple[tuple[Any, ...], dict[str, Any]]
+"""(args, kwargs) of one call of the model."""
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Inputs that a step may look at.
+
+    Attributes:
+        example: the example input, None where there is none
+        calibration: inputs that stand for real ones, to find ranges with
+        random: whether the calibration inputs are noise, on the user's own request
+    """
+
+    example: Run | None = None
+    calibration: tuple[Run, ...] = ()
+    random: bool = False
+
+
+@dataclass(frozen=True)
+class Applied:
+    """What a step made of a model.
+
+    Attributes:
+        anatomy: what the model looks like afterwards
+        notes: what the user should know of it, a line each
+    """
+
+    anatomy: Anatomy
+    notes: tuple[str, ...] = ()
+
+
 class Stage(IntEnum):
     """When a step runs: resolution before tokens before precision."""
 
@@ -55,6 +87,15 @@ class Step(ABC):
             SpecError: the options cannot be met on this model.
             UnsupportedModelError: the method does not fit this kind of model.
         """
+
+    def apply_with(self, model: "nn.Module", anatomy: Anatomy, samples: Samples) -> Applied:
+        """Do what `apply` does; a step that looks at inputs, or has something to tell, overrides this.
+
+        Raises:
+            SpecError: the options cannot be met on this model, or the step needs samples that are not there.
+            UnsupportedModelError: the method does not fit this kind of model.
+        """
+        return Applied(self.apply(model, anatomy))
 
     @abstractmethod
     def identity(self) -> "Step":

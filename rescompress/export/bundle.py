@@ -1,7 +1,7 @@
 """The header of a written file: what the program inside is, as JSON that can be read without running or loading it.
 
-A file is a zip; the header is its member `<name>/extra/rescompress.json`. It is read with zipfile and json alone, so
-that a file of unknown origin can be looked at safely.
+A file is a zip, whose member `<name>/extra/rescompress.json` the header is, or an ONNX model, among whose metadata it
+is. It is read with zipfile, `protobuf` and json alone, so that a file of unknown origin can be looked at safely.
 """
 
 import json
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rescompress.errors import ExportError, InputError, SpecError
+from rescompress.export import protobuf
 from rescompress.spec import Spec
 
 HEADER_NAME = "rescompress.json"
@@ -85,6 +86,20 @@ def _header_bytes(path: Path) -> bytes:
         raise InputError(f"{path} is a folder, not a file")
     if path.stat().st_size == 0:
         raise InputError(f"{path} is empty")
+    data = _from_onnx(path) if _may_be_onnx(path) else _from_zip(path)
+    if len(data) > MAX_HEADER_BYTES:
+        raise InputError(f"the header of {path} is larger than {MAX_HEADER_BYTES} bytes; refused")
+    return data
+
+
+def _may_be_onnx(path: Path) -> bool:
+    """An ONNX file has no mark of its own, but begins with a short field, and a zip with the letters PK."""
+    with path.open("rb") as file:
+        start = file.read(4)
+    return start[:2] != b"PK" and (path.suffix.lower() == ".onnx" or start[:1] == b"\x08")
+
+
+def _from_zip(path: Path) -> bytes:
     with zipfile.ZipFile(path) as archive:
         found = [info for info in archive.infolist() if info.filename.split("/")[1:] == ["extra", HEADER_NAME]]
         if not found:
@@ -93,10 +108,16 @@ def _header_bytes(path: Path) -> bytes:
             raise InputError(f"{path} is damaged: it has {len(found)} headers")
         # The size that the zip claims may be a lie, so no more than the limit is unpacked either.
         with archive.open(found[0]) as member:
-            data = member.read(MAX_HEADER_BYTES + 1)
-    if len(data) > MAX_HEADER_BYTES:
-        raise InputError(f"the header of {path} is larger than {MAX_HEADER_BYTES} bytes; refused")
-    return data
+            return member.read(MAX_HEADER_BYTES + 1)
+
+
+def _from_onnx(path: Path) -> bytes:
+    found = [value for key, value in protobuf.onnx_metadata(path, 2 * MAX_HEADER_BYTES) if key == HEADER_NAME]
+    if not found:
+        raise InputError(f"{path} has no header: rescompress did not write it")
+    if len(found) > 1:
+        raise InputError(f"{path} is damaged: it has {len(found)} headers")
+    return found[0]
 
 
 def _one_line(error: BaseException) -> str:

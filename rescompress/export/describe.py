@@ -68,6 +68,11 @@ def describe_versions(model: nn.Module) -> dict[str, str]:
     return versions
 
 
+def versions_of(*packages: str) -> dict[str, str]:
+    """Return the versions of installed packages."""
+    return {package: metadata.version(package) for package in packages}
+
+
 def describe_labels(labels: Sequence[str] | None) -> list[str] | None:
     """Return the class names as a list.
 

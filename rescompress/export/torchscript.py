@@ -1,118 +1,28 @@
 """Write a model as TorchScript: compiled if possible, traced if not, loaded again and compared before it counts."""
 
-import copy
-import dataclasses
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.jit._trace import TracerWarning
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
-from torch.utils._pytree import tree_leaves
 
 from rescompress.errors import ExportError
-from rescompress.export import describe
 from rescompress.export.bundle import HEADER_NAME, header_text
+from rescompress.export.checking import check, one_line, quietly
 from rescompress.export.paths import replacing
-from rescompress.fold import fold, fold_decisions
-from rescompress.inputs import Args, as_args, batch_size_of, default_input, with_batch
+from rescompress.export.prepare import Prepared
+from rescompress.export.untrusted import check_archive, check_script
 
-TOLERANCE = {torch.float64: 1e-7, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-"""How far a file's outputs may be from the model's, relative to the largest of them."""
+FORMAT = "torchscript"
 
 
-def write(
-    model: nn.Module,
-    path: Path,
-    example_input: Any,
-    *,
-    fold_first: bool,
-    report: Any,
-    labels: Sequence[str] | None,
-    preprocessing: Mapping[str, Any] | None,
-) -> None:
-    """Write the program, load it again, compare it with the model, and put it at `path`.
+def write(prepared: Prepared, path: Path) -> None:
+    """Compile, save, load and compare; where that fails, trace, save, load and compare; then put it at `path`.
 
     Raises:
         ExportError: no program can be made of the model, or it computes something else.
     """
-    _refuse_what_cannot_be_saved(model)
-    inputs = as_args(default_input(model) if example_input is None else example_input)
-    with _quietly():
-        subject = _frozen_view(model)
-        expected = _expected(subject, inputs)
-        deployed, folding = _folded(subject, inputs) if fold_first else (subject, None)
-        header = {
-            "format": "torchscript",
-            **describe.describe_model(deployed),
-            "inputs": describe.describe_inputs(inputs),
-            "batch_sizes_checked": [batch for batch, _, _ in expected],
-            "preprocessing": describe.describe_preprocessing(model, preprocessing),
-            "labels": describe.describe_labels(labels),
-            "fold": folding,
-            "versions": describe.describe_versions(model),
-            "report": describe.describe_report(report),
-        }
-        with replacing(path) as new:
-            _write_checked(deployed, inputs, expected, header, new)
-
-
-def _refuse_what_cannot_be_saved(model: nn.Module) -> None:
-    if isinstance(model, torch.jit.ScriptModule):
-        raise ExportError("the model is TorchScript already; torch.jit.save writes it")
-    tensors: list[tuple[str, Any]] = [*model.named_parameters(), *model.named_buffers()]
-    for name, tensor in tensors:
-        if is_traceable_wrapper_subclass(tensor):
-            # torch.jit.save can end the whole process on one of these.
-            raise ExportError(
-                f"{name} is a {type(tensor).__name__}, which TorchScript cannot hold; write the model before quantizing"
-            )
-
-
-def _frozen_view(model: nn.Module) -> nn.Module:
-    """Copy the tree of modules in evaluation mode; the weights are the model's own, without requires_grad."""
-    memo: dict[int, Any] = {id(old): nn.Parameter(old.detach(), requires_grad=False) for old in model.parameters()}
-    memo |= {id(buffer): buffer for buffer in model.buffers()}
-    try:
-        return copy.deepcopy(model, memo).eval()
-    except Exception as error:  # foreign classes decide how they are copied
-        raise ExportError(f"{type(model).__name__} cannot be copied: {_one_line(error)}") from error
-
-
-Expected = list[tuple[int, Args, Any]]
-"""Batch size, inputs and the model's own outputs."""
-
-
-def _expected(model: nn.Module, inputs: Args) -> Expected:
-    """Run the model on its example, and on another batch size if it takes one."""
-    batch = batch_size_of(inputs)
-    try:
-        with torch.no_grad():
-            expected = [(batch, inputs, model(*inputs[0], **inputs[1]))]
-    except Exception as error:  # the model's own code runs here
-        raise ExportError(f"{type(model).__name__} does not run on the example input: {_one_line(error)}") from error
-    try:
-        args, kwargs = with_batch(inputs, batch + 2)
-        with torch.no_grad():
-            expected.append((batch + 2, (args, kwargs), model(*args, **kwargs)))
-    except Exception:  # a model for one batch size only: its file need not do more than it does
-        pass
-    return expected
-
-
-def _folded(model: nn.Module, inputs: Args) -> tuple[nn.Module, list[dict[str, Any]]]:
-    decisions = fold_decisions(model, inputs)
-    if any(decision.folded for decision in decisions):
-        model = fold(model, inputs).requires_grad_(False)
-    return model, [dataclasses.asdict(decision) for decision in decisions]
-
-
-def _write_checked(model: nn.Module, inputs: Args, expected: Expected, header: dict[str, Any], path: Path) -> None:
-    """Compile, save, load and compare; where that fails, trace, save, load and compare."""
+    model, inputs = prepared.model, prepared.inputs
     makers: dict[str, Callable[[], Any]] = {
         # First, because decisions on sizes stay decisions; a trace records how they fell for the example.
         "script": lambda: torch.jit.script(model),
@@ -120,71 +30,36 @@ def _write_checked(model: nn.Module, inputs: Args, expected: Expected, header: d
             model,
             example_inputs=None if inputs[1] else inputs[0],
             example_kwarg_inputs=inputs[1] or None,
-            check_trace=False,  # _check does, on a loaded file
+            check_trace=False,  # check does, on a loaded file
             strict=False,  # dicts as outputs
+            _store_inputs=False,  # or the example, maybe somebody's photograph, would be in the file
         ),
     }
     if inputs[0] and inputs[1]:
         del makers["trace"]  # it takes positional or keyword arguments, not both
+    dynamic = prepared.dynamic if len(prepared.cases) > 1 else "none"
     failures = []
-    for made_by, make in makers.items():
-        text = header_text({"made_by": made_by, **header})
-        try:
-            with torch.no_grad():
-                program = make()
-            torch.jit.save(program, str(path), _extra_files={HEADER_NAME: text})
-            _check(torch.jit.load(str(path)), expected)
-            return
-        except Exception as error:  # the compiler raises anything, and another way of writing may still work
-            failures.append(f"torch.jit.{made_by}: {_one_line(error)}")
-    raise ExportError(f"no TorchScript file can be made of this {type(model).__name__}: {'; '.join(failures)}")
+    with replacing(path) as new, quietly():
+        for made_by, make in makers.items():
+            text = header_text({"format": FORMAT, "made_by": made_by, "dynamic": dynamic, **prepared.header})
+            try:
+                with torch.no_grad():
+                    program = make()
+                torch.jit.save(program, str(new), _extra_files={HEADER_NAME: text})
+                check(open_program(new), prepared.cases)
+                return
+            except Exception as error:  # the compiler raises anything, and another way of writing may still work
+                failures.append(f"torch.jit.{made_by}: {one_line(error)}")
+        raise ExportError(f"no TorchScript file can be made of this {type(model).__name__}: {'; '.join(failures)}")
 
 
-def _check(program: Any, expected: Expected) -> None:
-    for batch, (args, kwargs), outputs in expected:
-        with torch.no_grad():
-            found = program(*args, **kwargs)
-        wanted_leaves = [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)]
-        found_leaves = [leaf for leaf in tree_leaves(found) if isinstance(leaf, Tensor)]
-        if len(wanted_leaves) != len(found_leaves):
-            raise ExportError(f"the written program gives {len(found_leaves)} outputs instead of {len(wanted_leaves)}")
-        for wanted, got in zip(wanted_leaves, found_leaves, strict=True):
-            if wanted.shape != got.shape or wanted.dtype != got.dtype:
-                raise ExportError(
-                    f"at batch size {batch} the written program gives {tuple(got.shape)} {got.dtype} instead of "
-                    f"{tuple(wanted.shape)} {wanted.dtype}"
-                )
-            _check_values(wanted, got, batch)
+def open_program(path: Path, device: str | None = None) -> Any:
+    """Return the program as a callable module.
 
-
-def _check_values(wanted: Tensor, got: Tensor, batch: int) -> None:
-    if wanted.numel() == 0:
-        return
-    tolerance = TOLERANCE.get(wanted.dtype)
-    if tolerance is None:  # whole numbers and the like
-        same = torch.equal(wanted, got)
-        distance = 0.0
-    else:
-        size = wanted.nan_to_num(0.0, 0.0, 0.0).abs().max().item()
-        same = torch.allclose(got, wanted, rtol=0.0, atol=tolerance * size, equal_nan=True)
-        distance = (got - wanted).nan_to_num(0.0).abs().max().item() / (size or 1.0)
-    if not same:
-        raise ExportError(
-            f"at batch size {batch} the program's outputs differ from the model's by {distance:.3g} of their size"
-        )
-
-
-@contextmanager
-def _quietly() -> Iterator[None]:
-    """Silence what torch.jit says of itself (deprecated since torch 2.11) and of tracing; what matters is checked."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=r".*torch\.jit")
-        warnings.filterwarnings("ignore", category=TracerWarning)
-        warnings.filterwarnings("ignore", category=UserWarning, module=r"torch\.jit")
-        yield
-
-
-def _one_line(error: BaseException) -> str:
-    """Return the telling line of an error: that of torch.jit's errors stands before pages of source."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {' '.join(lines[:2])[:300]}" if lines else type(error).__name__
+    Raises:
+        InputError: the file holds what loading would run.
+    """
+    check_archive(path, FORMAT)
+    check_script(path)
+    with quietly():  # torch.jit says that it is deprecated since torch 2.11
+        return torch.jit.load(str(path), map_location=device)

@@ -1,18 +1,21 @@
 """Where a file may be written is known before the work, and an old file stays until the new one is whole."""
 
 import os
+from pathlib import Path
 
 import pytest
 
 from rescompress.errors import ExportError
-from rescompress.export.paths import check_writable, replacing
+from rescompress.export import paths
+from rescompress.export.paths import check_writable, replacing, suffix_of
 
 
 @pytest.mark.parametrize(
     ("name", "said"),
     [
         ("small", r"known: \.pt \(TorchScript\)"),
-        ("small.onnx", "names no format"),
+        ("small.engine", "names no format"),
+        (".onnx", "names no format"),
         ("small.ptt", "did you mean '.pt'"),
         ("none/small.pt", "create it first"),
         ("folder.pt", "it is a folder"),
@@ -31,6 +34,33 @@ def test_a_path_that_cannot_be_written_is_refused_with_the_reason(tmp_path, name
 def test_a_folder_that_cannot_be_written_is_refused():
     with pytest.raises(ExportError, match="not writable"):
         check_writable("/proc/self/small.pt")
+
+
+@pytest.mark.parametrize(
+    ("name", "suffix"),
+    [
+        ("a.pt", ".pt"),
+        ("a.b.PT2", ".pt2"),
+        ("a.aoti.pt2", ".aoti.pt2"),
+        (".aoti.pt2", ".pt2"),
+        ("a.onnx", ".onnx"),
+        ("a.pth", None),
+    ],
+)
+def test_the_longest_suffix_names_the_format(name, suffix):
+    assert suffix_of(Path(name)) == suffix
+
+
+def test_missing_tools_are_named_before_the_work(tmp_path, monkeypatch):
+    monkeypatch.setattr(paths.importlib.util, "find_spec", lambda name: None if name == "onnxscript" else name)
+    monkeypatch.setenv("CXX", "no-such-compiler -O2")
+
+    with pytest.raises(ExportError, match=r"needs onnxscript; pip install 'rescompress\[onnx\]'"):
+        check_writable(tmp_path / "a.onnx")
+    with pytest.raises(ExportError, match=r"no 'no-such-compiler'; install"):
+        check_writable(tmp_path / "a.aoti.pt2")
+    assert check_writable(tmp_path / "a.pt2") == tmp_path / "a.pt2"
+    assert os.listdir(tmp_path) == []
 
 
 def test_checking_leaves_no_trace(tmp_path):

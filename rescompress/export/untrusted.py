@@ -1,0 +1,190 @@
+"""Look into a file of unknown origin before any of torch's loaders sees it: nothing in it may run by being loaded.
+
+Each loader would execute something: torch.export unpickles, evaluates expressions and opens shared libraries;
+TorchScript runs the `__setstate__` of its classes. What a file of ours holds is known, so all else is refused.
+"""
+
+import ast
+import json
+import re
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rescompress.errors import InputError
+from rescompress.export.bundle import HEADER_NAME
+
+_EVERY_ARCHIVE = rf"extra/{re.escape(HEADER_NAME)}|byteorder|\.data/(version|serialization_id)"
+
+MEMBERS = {
+    "torchscript": re.compile(
+        rf"data\.pkl|constants\.pkl|version|(data|constants)/\d+|code/[\w./]+\.py(\.debug_pkl)?|{_EVERY_ARCHIVE}"
+    ),
+    "torch.export": re.compile(
+        r"models/model\.json|data/weights/(weight_\d+|model_weights_config\.json)|data/sample_inputs/model\.pt"
+        r"|data/constants/((tensor|custom_obj)_\d+|model_constants_config\.json)|archive_(format|version)"
+        rf"|{_EVERY_ARCHIVE}"
+    ),
+    "aotinductor": re.compile(
+        r"data/aotinductor/model/\w[\w.-]*|data/constants/custom_obj_\d+|archive_(format|version)"
+        rf"|{_EVERY_ARCHIVE}"
+    ),
+}
+"""What the archive of each format may hold, without the name of the archive before it."""
+
+MAX_COMPRESSED_BYTES = 64 * 2**20
+"""Only TorchScript's source is compressed, and none comes near; a larger member is refused before it is unpacked."""
+
+_LIBRARIES = re.compile(
+    "aten|prims?|higher_order|_?quantized|quantized_decomposed|onednn|mkldnn|mkldnn_prepacked|prepacked|torchao"
+    "|torchvision|rescompress"
+)
+"""Operators of these libraries compute; others may read files or talk to other machines."""
+
+_FILE_OPERATORS = re.compile(r"\b(save|from_file)\b")
+"""The operators among them that write or read files: aten::save, aten::from_file."""
+
+_TARGET = re.compile(r"torch\.ops\.(\w+)((?:\.\w+){1,2})|_operator\.[a-z]\w*|math\.\w+|torch\.(_?sym_\w+)")
+
+_EXPRESSION_NAMES = re.compile(
+    "Symbol|Integer|Float|Rational|Add|Mul|Pow|Max|Min|Abs|Eq|Ne|Equality|Unequality|LessThan|GreaterThan"
+    "|StrictLessThan|StrictGreaterThan|And|Or|Not|true|false|oo|int_oo|Infinity|NegativeInfinity|FloorDiv"
+    "|ModularIndexing|Where|PythonMod|Mod|CleanDiv|CeilToInt|FloorToInt|CeilDiv|LShift|RShift|PowByNatural|FloatPow"
+    "|FloatTrueDiv|IntTrueDiv|IsNonOverlappingAndDenseIndicator|TruncToFloat|TruncToInt|RoundToInt|RoundDecimal"
+    "|ToFloat|Identity|floor|ceiling|Piecewise|ExprCondPair|Tuple"
+)
+"""What an expression of sizes may call: sympy's own names and those of torch.utils._sympy.functions."""
+
+_SYMBOL = re.compile(r"[a-z]{1,3}\d+")
+"""What torch calls a size that varies: s77, u0."""
+
+_QUOTED = {"Symbol": _SYMBOL, "Float": re.compile(r"-?\d*\.?\d*([eE][+-]?\d+)?")}
+"""What takes its first argument as a string, and what that string may be."""
+
+
+def check_archive(path: Path, kind: str) -> None:
+    """Refuse an archive that is damaged or holds anything that one of this kind does not.
+
+    Raises:
+        InputError: it does, and what.
+    """
+    allowed = MEMBERS[kind]
+    with zipfile.ZipFile(path) as archive:
+        members = archive.infolist()
+    names = [info.filename.partition("/")[2] for info in members]
+    for info, name in zip(members, names, strict=True):
+        if allowed.fullmatch(name) is None or ".." in name:
+            raise InputError(f"{path} holds {info.filename!r}, which no {kind} file of rescompress does; refused")
+        if info.compress_type != zipfile.ZIP_STORED and info.file_size > MAX_COMPRESSED_BYTES:
+            raise InputError(f"{path} holds {info.filename!r}, which unpacks to {info.file_size} bytes; refused")
+    with zipfile.ZipFile(path) as archive:
+        damaged = archive.testzip()
+    if damaged is not None:
+        raise InputError(f"{path} is damaged: the checksum of {damaged} is wrong")
+    # The loaders read archives with another parser: what it finds must be what was looked at.
+    if len(set(names)) != len(names) or sorted(reader_of(path).get_all_records()) != sorted(names):
+        raise InputError(f"{path} lists its members twice or in two ways; refused")
+
+
+def reader_of(path: Path) -> torch._C.PyTorchFileReader:
+    """Return torch's own reader of an archive, which reads and runs nothing by itself."""
+    return torch._C.PyTorchFileReader(str(path))
+
+
+def check_script(path: Path) -> None:
+    """Refuse TorchScript that calls operators which touch files, at loading (`__setstate__`) or later.
+
+    Raises:
+        InputError: it does, and what it calls.
+    """
+    reader = reader_of(path)
+    for name in reader.get_all_records():
+        if not name.startswith("code/") or not name.endswith(".py"):
+            continue
+        source = reader.get_record(name).decode("utf-8")
+        found = _FILE_OPERATORS.search(source)
+        if found is not None:
+            raise InputError(f"{path} holds code that calls {found[0]!r}, which touches files; refused")
+        for library in re.findall(r"\bops\s*\.\s*(\w+)", source):
+            _check_library(path, library)
+
+
+def check_program(path: Path) -> None:
+    """Refuse a torch.export archive in which anything is pickled, or evaluated that is no arithmetic of sizes.
+
+    Raises:
+        InputError: it is so, and where.
+    """
+    reader = reader_of(path)
+    if reader.get_record("data/sample_inputs/model.pt"):
+        raise InputError(f"{path} holds pickled example inputs, which no file of rescompress does; refused")
+    for part in ("weights", "constants"):
+        config = json.loads(reader.get_record(f"data/{part}/model_{part}_config.json"))
+        for name, entry in config["config"].items():
+            # Objects of C++ classes (packed int8 weights) are read by TorchScript's unpickler, which runs no Python.
+            if entry["use_pickle"] and not entry["path_name"].startswith("custom_obj_"):
+                raise InputError(f"{path} holds the pickled tensor {name!r}; refused")
+    program = json.loads(reader.get_record("models/model.json"))
+    for key, value in _strings(program):
+        if key == "target":
+            _check_target(path, value)
+        elif key == "expr_str" and not is_arithmetic(value):
+            raise InputError(f"{path} holds the size {value[:80]!r}, which is no arithmetic; refused")
+
+
+def _strings(value: Any) -> Iterator[tuple[str, str]]:
+    """Yield every string in nested JSON under the key that it has."""
+    stack: list[tuple[str, Any]] = [("", value)]
+    while stack:
+        key, item = stack.pop()
+        if isinstance(item, str):
+            yield key, item
+        elif isinstance(item, dict):
+            stack += item.items()
+        elif isinstance(item, list):
+            stack += [(key, one) for one in item]
+
+
+def _check_target(path: Path, target: str) -> None:
+    found = _TARGET.fullmatch(target)
+    if found is None or _FILE_OPERATORS.search(target):
+        raise InputError(f"{path} calls {target[:80]!r}, which is no operator that computes; refused")
+    if found[1] is not None:
+        _check_library(path, found[1])
+
+
+def _check_library(path: Path, library: str) -> None:
+    if _LIBRARIES.fullmatch(library) is None:
+        raise InputError(f"{path} calls operators of {library!r}, which are not known to only compute; refused")
+
+
+def is_arithmetic(expression: str) -> bool:
+    """Whether a string is arithmetic of named sizes, so that evaluating it, as torch.export does, runs nothing else."""
+    try:
+        tree = ast.parse(expression, mode="eval")
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return False
+    quoted = {
+        id(call.args[0]): _QUOTED[call.func.id]
+        for call in ast.walk(tree)
+        if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id in _QUOTED and call.args
+    }
+    return all(_is_arithmetic_node(node, quoted.get(id(node))) for node in ast.walk(tree))
+
+
+def _is_arithmetic_node(node: ast.AST, quoted: re.Pattern[str] | None) -> bool:
+    if isinstance(node, ast.Constant):
+        if isinstance(node.value, str):
+            return quoted is not None and quoted.fullmatch(node.value) is not None
+        return isinstance(node.value, int | float)
+    if isinstance(node, ast.Call):
+        return isinstance(node.func, ast.Name) and _EXPRESSION_NAMES.fullmatch(node.func.id) is not None
+    if isinstance(node, ast.Name):
+        return _EXPRESSION_NAMES.fullmatch(node.id) is not None or _SYMBOL.fullmatch(node.id) is not None
+    if isinstance(node, ast.keyword):
+        return node.arg is not None
+    kinds = (ast.Expression, ast.BinOp, ast.UnaryOp, ast.Compare, ast.operator, ast.unaryop, ast.cmpop, ast.Load)
+    return isinstance(node, kinds)

@@ -1,0 +1,106 @@
+"""Integers and scales of low-bit weights, as torchao computes them, and int4 packed two to a byte."""
+
+import importlib
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rescompress.errors import SpecError
+
+SMALLEST_SCALE = float(torch.finfo(torch.float32).eps)
+"""torchao's lower bound of every int8 scale, so that a row of zeros divides by something."""
+
+
+def int8_rows(weight: Tensor, bits: int = 8) -> tuple[Tensor, Tensor]:
+    """Return a weight as int8 and one scale for each of its output channels.
+
+    Args:
+        weight: in floating point.
+        bits: how many of the eight are used.
+
+    Shape:
+        - Input: (O, ...), a linear's or a convolution's weight
+        - Output: (O, ...) int8 and (O,) float32
+
+    Raises:
+        SpecError: torchao is not installed.
+    """
+    half = 1 << (bits - 1)
+    block = (1, *weight.shape[1:])
+    return _affine(weight, block, -half, half - 1, SMALLEST_SCALE, torch.float32, (len(weight),))
+
+
+def int4_groups(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
+    """Return a weight as int4, two values to a byte, and one scale for each group along the input.
+
+    Shape:
+        - Input: (O, I), I a multiple of group_size
+        - Output: (O, I // 2) uint8 as `pack_int4` lays them out, and (O, I // group_size) float
+
+    Raises:
+        SpecError: torchao is not installed.
+    """
+    groups = (len(weight), weight.shape[1] // group_size)
+    integers, scale = _affine(weight, (1, group_size), -8, 7, None, None, groups)
+    return pack_int4(integers), scale
+
+
+def pack_int4(values: Tensor) -> Tensor:
+    """Pack whole numbers from -8 to 7 two to a byte: value + 8, the even columns in the low four bits.
+
+    Shape:
+        - Input: (O, I), I even
+        - Output: (O, I // 2) uint8
+    """
+    nibbles = (values + 8).to(torch.uint8)
+    return nibbles[:, ::2] | (nibbles[:, 1::2] << 4)
+
+
+def unpack_int4(packed: Tensor, dtype: torch.dtype) -> Tensor:
+    """Undo `pack_int4`, into whole numbers of type `dtype`."""
+    pairs = torch.stack((packed & 15, packed >> 4), dim=-1)
+    return pairs.flatten(-2).to(dtype) - 8
+
+
+def _affine(
+    weight: Tensor,
+    block: tuple[int, ...],
+    low: int,
+    high: int,
+    smallest: float | None,
+    scale_dtype: torch.dtype | None,
+    shape: tuple[int, ...],
+) -> tuple[Tensor, Tensor]:
+    primitives = _torchao_primitives()
+    weight = weight.detach()
+    if weight.dtype == torch.float64:  # torchao takes float32 and halves
+        weight = weight.float()
+    scale, zero_point = primitives.choose_qparams_affine(
+        weight,
+        primitives.MappingType.SYMMETRIC,
+        list(block),
+        target_dtype=torch.int8,
+        quant_min=low,
+        quant_max=high,
+        eps=smallest,
+        scale_dtype=scale_dtype,
+        zero_point_dtype=torch.int8,
+        keepdim=True,
+    )
+    integers = primitives.quantize_affine(weight, list(block), scale, zero_point, torch.int8, low, high)
+    return integers, scale.reshape(shape)
+
+
+def _torchao_primitives() -> Any:
+    # Its import logs that an enum of its own is registered in an old way, which nobody here can mend.
+    logger = logging.getLogger("torch.utils._pytree")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        return importlib.import_module("torchao.quantization.quant_primitives")
+    except ImportError as error:
+        raise SpecError(f"quantize needs torchao ({error}); pip install 'rescompress[quant]'") from error
+    finally:
+        logger.setLevel(level)

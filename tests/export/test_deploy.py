@@ -1,0 +1,70 @@
+"""The C++ programs of scripts/deploy run written files as Python does, without Python."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torchvision.models.vision_transformer import VisionTransformer
+
+import rescompress as rc
+
+DEPLOY = Path(__file__).parents[2] / "scripts" / "deploy"
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+
+@pytest.fixture(scope="module")
+def programs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("programs")
+    subprocess.run([sys.executable, str(DEPLOY / "build.py"), "--out", str(folder)], check=True, timeout=800)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    vit = VisionTransformer(
+        image_size=32, patch_size=8, num_layers=2, num_heads=2, hidden_dim=32, mlp_dim=64, num_classes=10
+    )
+    nn.init.normal_(vit.heads.head.weight, std=0.1)
+    return rc.compress(vit, rc.TokenMerge(r=2), example_input=torch.randn(1, 3, 32, 32)).eval()
+
+
+def execute(program, path, shape, data, *options):
+    # Not even a Python that could be found: what runs is libtorch alone.
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "VIRTUAL_ENV"))}
+    return subprocess.run(
+        [program, path, "x".join(map(str, shape)), *options], input=data, capture_output=True, env=clean, check=False
+    )
+
+
+@pytest.mark.parametrize(("program", "suffix"), [("run_torchscript", ".pt"), ("run_package", ".aoti.pt2")])
+def test_program_computes_what_the_model_computes(program, suffix, programs, model, tmp_path):
+    path = rc.export(model, tmp_path / f"small{suffix}", torch.randn(1, 3, 32, 32))
+
+    for batch in (1, 4):
+        x = torch.randn(batch, 3, 32, 32)
+        done = execute(programs / program, path, x.shape, x.numpy().tobytes(), "3")
+
+        assert done.returncode == 0, done.stderr.decode()
+        assert b"ms a run" in done.stderr
+        with torch.no_grad():
+            wanted = model(x)
+        got = torch.from_numpy(np.frombuffer(done.stdout, dtype=np.float32).copy()).reshape(wanted.shape)
+        torch.testing.assert_close(got, wanted, rtol=0, atol=1e-4 * wanted.abs().max().item())
+
+
+@pytest.mark.parametrize("program", ["run_torchscript", "run_package"])
+def test_bad_input_is_one_error_and_no_output(program, programs, tmp_path):
+    (tmp_path / "bad.pt2").write_bytes(b"no model")
+
+    for shape, data in [((1, 3), b"1234"), ((1, 1), bytes(4))]:
+        done = execute(programs / program, tmp_path / "bad.pt2", shape, data)
+        assert done.returncode == 1
+        assert done.stderr.startswith(b"error: ")
+        assert done.stdout == b""
