@@ -89,16 +89,3 @@ def test_a_wrapped_module_keeps_its_names_in_state_dicts() -> None:
     torch.testing.assert_close(wrapped.a.inner.weight, before["a.weight"])
     with pytest.raises(RuntimeError, match="Missing key"):
         wrapped.load_state_dict({key: value for key, value in before.items() if key != "a.weight"})
-
-
-@pytest.mark.parametrize("kwargs", [{}, {"scale": (0.5, 0.5), "size": (2, 2)}])
-def test_a_resize_takes_a_scale_or_a_size(kwargs: dict[str, tuple[float, float]]) -> None:
-    with pytest.raises(ValueError, match="either a scale or a size"):
-        Resize2d(**kwargs)
-
-
-def test_a_resize_never_makes_an_empty_map() -> None:
-    resize = Resize2d((0.25, 0.25))
-    assert resize(torch.rand(1, 1, 3, 8)).shape == (1, 1, 1, 2)
-    x = torch.rand(2, 3, 4, 4)
-    assert Resize2d((1.0, 1.0))(x) is x
