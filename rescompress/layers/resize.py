@@ -76,9 +76,10 @@ class Resize2d(nn.Module):
 def _round_up(scale: float) -> float:
     """Return the smallest float that is at least the fraction meant: floor(90 * 0.7) would be 62, for 0.7 < 7/10."""
     fraction = Fraction(scale).limit_denominator(64)
-    if abs(fraction - Fraction(scale)) < 1e-12 and Fraction(scale) < fraction:
-        return math.nextafter(scale, 1.0)
-    return float(scale)
+    if abs(fraction - Fraction(scale)) > 1e-12:
+        return float(scale)
+    nearest = float(fraction)
+    return nearest if Fraction(nearest) >= fraction else math.nextafter(nearest, 1.0)
 
 
 def _interpolate(
