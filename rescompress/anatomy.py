@@ -81,6 +81,7 @@ class ViTAnatomy(Anatomy):
         num_patch_tokens: number of patch tokens at the same places
         pos_embed_grid: grid that the position embedding is laid out for
         grid_attributes: attributes of the host that must follow when the grid of the patches changes
+        grid_method: FQN of the host's method that says which grid its intermediate features form; None if there is none
         fixed_input: whether the host takes images of one size only
         norm: FQN of the norm that follows the last block; None if there is none
         mean_pooled: whether the head takes the mean over the patch tokens
@@ -97,6 +98,7 @@ class ViTAnatomy(Anatomy):
     grids: tuple[Grid | None, ...]
     num_patch_tokens: tuple[int, ...]
     grid_attributes: tuple[GridAttribute, ...] = ()
+    grid_method: str | None = None
     fixed_input: bool = True
     pads_image: bool = False
     norm: str | None = None

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from rescompress.anatomy import Grid
 from rescompress.errors import UnsupportedModelError
 from rescompress.layers.resize import ResizedConv2d
+from rescompress.layers.wrap import ResizedModule
 
 
 def get(model: nn.Module, fqn: str) -> nn.Module:
@@ -102,11 +103,10 @@ def clone_shared(model: nn.Module, device: torch.device | str | None = None) -> 
 
 def output_grid(conv: nn.Module, grid: Grid) -> Grid:
     """Return the grid of the map that a convolution alone, without any resizing, makes of a `grid` of pixels."""
-    clone = clone_shared(conv, "meta")
-    channels: Any = conv.in_channels
+    clone: Any = clone_shared(conv.inner if isinstance(conv, ResizedModule) else conv, "meta")
     dtype = next(clone.parameters()).dtype
     with torch.no_grad():
-        image = torch.empty((1, int(channels), *grid), device="meta", dtype=dtype)
+        image = torch.empty((1, clone.in_channels, *grid), device="meta", dtype=dtype)
         shape = (clone.conv(image) if isinstance(clone, ResizedConv2d) else clone(image)).shape
     return (int(shape[-2]), int(shape[-1]))
 

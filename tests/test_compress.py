@@ -116,6 +116,19 @@ def test_input_and_stem_together() -> None:
         torch.testing.assert_close(rc.compress(model, spec, example_input=x)(x), y)
 
 
+@pytest.mark.parametrize("make", [small_cnn, lambda: timm.create_model("resnetv2_50x1_bit").eval()])
+def test_stem_and_then_input(make: object) -> None:
+    model, x = make(), torch.rand(1, 3, 64, 64)
+    in_turn = rc.Spec.of(rc.StemResize(scale=0.5), rc.InputResize(scale=0.5))
+    small = rc.compress(model, in_turn, example_input=x)
+    assert small._rescompress.anatomy.stem_grid == (8, 8)
+    other = rc.compress(model, rc.Spec.of(*reversed(in_turn.steps)), example_input=x)
+    with torch.no_grad():
+        torch.testing.assert_close(small(x), other(x), rtol=0, atol=0)
+    with pytest.raises(rc.SpecError, match=r"which stem_resize\.size=.* would enlarge"):
+        rc.compress(model, rc.Spec.of(rc.StemResize(size=24), rc.InputResize(scale=0.5)), example_input=x)
+
+
 @pytest.mark.parametrize("mode", ["nearest", "bilinear", "bicubic", "area"])
 @pytest.mark.parametrize("size", [(32, 32), (31, 45), (64, 16)])
 def test_stem_resize_is_interpolate_between_convolution_and_norm(mode: str, size: tuple[int, int]) -> None:

@@ -89,3 +89,23 @@ def _write(model: nn.Module, attribute: GridAttribute, anatomy: ViTAnatomy, grid
     else:
         value = stored + (anatomy.num_prefix_tokens if attribute.holds == "num_tokens_and_prefix" else 0)
     setattr(owner, name, value)
+
+
+class NoSingleGrid:
+    """Stands in for a host's method that gives the grid of its features, where they form no single grid any more."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+
+    def __call__(self, *args: object, **kwargs: object) -> Grid:
+        raise RuntimeError(
+            f"after {self.kind} the features of the blocks form no single grid, so they cannot be given as maps; "
+            "ask for tokens (in timm: output_fmt='NLC')"
+        )
+
+
+def forbid_maps(model: nn.Module, anatomy: ViTAnatomy, kind: str) -> None:
+    """Make the host raise where it would reshape fewer tokens than it expects into a map of nonsense."""
+    if anatomy.grid_method is not None:
+        owner, name = surgery.split(anatomy.grid_method)
+        setattr(surgery.get(model, owner), name, NoSingleGrid(kind))

@@ -13,6 +13,7 @@ from rescompress import surgery
 from rescompress.anatomy import Anatomy, ViTAnatomy
 from rescompress.errors import SpecError, UnsupportedModelError
 from rescompress.layers.pool import MODES, TokenPool2d
+from rescompress.methods._grid import forbid_maps
 from rescompress.spec import Stage, Step, as_pair, check_choice, is_int
 
 
@@ -69,6 +70,8 @@ class TokenPool(Step):
                 )
         for block in sorted(place % count for place in places):
             anatomy = self._pool_after(model, anatomy, block, stride)
+        if stride != (1, 1):
+            forbid_maps(model, anatomy, self.kind)
         return anatomy
 
     def _pool_after(self, model: nn.Module, anatomy: ViTAnatomy, block: int, stride: tuple[int, int]) -> ViTAnatomy:

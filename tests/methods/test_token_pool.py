@@ -109,3 +109,14 @@ def test_dynamic_image_sizes() -> None:
         y = m.blocks[0](m._pos_embed(m.patch_embed(x)))
         y = m.forward_head(m.norm(m.blocks[1](TokenPool2d((6, 6), (2, 2), 1)(y))))
         torch.testing.assert_close(small(x), y, rtol=0, atol=0)
+
+
+def test_features_are_not_reshaped_into_a_map_of_nonsense() -> None:
+    m = model()
+    small = rc.compress(m, rc.TokenPool(after_block=1), example_input=X)
+    with pytest.raises(RuntimeError, match="after token_pool the features of the blocks form no single grid"):
+        small.forward_intermediates(X)
+    tokens = small.forward_intermediates(X, output_fmt="NLC", intermediates_only=True)
+    assert [t.shape[1] for t in tokens] == [32, 32, 8, 8, 8]
+    same = rc.compress(m, rc.TokenPool(after_block=1, stride=1), example_input=X)
+    assert same.forward_intermediates(X, intermediates_only=True)[0].shape == (1, 192, 4, 8)
