@@ -60,6 +60,12 @@ class TokenPool(Step):
                 f"token_pool needs a Vision Transformer, and {type(model).__name__} is a {anatomy.family} network: "
                 "use stem_resize or input_resize"
             )
+        if not anatomy.fixed_input:
+            raise UnsupportedModelError(
+                f"token_pool needs images of one size: this {type(model).__name__} takes any, and a sequence of tokens "
+                "does not tell the grid that it came from; build the model for one size (in timm: img_size=..., "
+                "dynamic_img_size=False)"
+            )
         count = len(anatomy.blocks)
         stride = as_pair("token_pool.stride", self.stride)
         places = (self.after_block,) if isinstance(self.after_block, int) else self.after_block
