@@ -70,6 +70,7 @@ class ViTAnatomy(Anatomy):
     Attributes:
         image_size: (height, width) of the image that reaches the patches: input_size until it is resized
         patch_conv: FQN of the convolution that cuts the image into patches
+        size_check: FQN of the host's attribute that, when true, makes it take images of its `img_size` only
         pads_image: whether the host fills up the last patches instead of leaving their pixels unread
         patch_size: its kernel, (height, width) in pixels
         pos_embed: FQN of the learned position embedding, (1, P + H * W, C) or (1, H * W, C); None if there is none
@@ -100,6 +101,7 @@ class ViTAnatomy(Anatomy):
     grid_attributes: tuple[GridAttribute, ...] = ()
     grid_method: str | None = None
     fixed_input: bool = True
+    size_check: str | None = None
     pads_image: bool = False
     norm: str | None = None
     mean_pooled: bool = False

@@ -83,6 +83,12 @@ def set_parameter(model: nn.Module, fqn: str, value: Tensor) -> None:
         owner._buffers[name] = value
 
 
+def set_attribute(model: nn.Module, fqn: str, value: object) -> None:
+    """Set a plain attribute of a module by its FQN."""
+    owner, name = split(fqn)
+    setattr(get(model, owner), name, value)
+
+
 def clone_shared(model: nn.Module, device: torch.device | str | None = None) -> nn.Module:
     """Copy the tree of modules but share its parameters and buffers, or put empty ones on `device` ("meta").
 

@@ -52,6 +52,7 @@ def _describe_timm(model: Any, input_size: tuple[int, int]) -> ViTAnatomy:
         ),
         grid_method="patch_embed.dynamic_feat_size",
         fixed_input=bool(model.patch_embed.strict_img_size),
+        size_check="patch_embed.strict_img_size",
         norm="norm",
         mean_pooled=model.attn_pool is None and model.global_pool == "avg" and not model.pool_include_prefix,
         **_sequence("blocks", model.blocks, grid),

@@ -13,7 +13,7 @@ from rescompress import surgery
 from rescompress.anatomy import Anatomy, ViTAnatomy
 from rescompress.errors import SpecError, UnsupportedModelError
 from rescompress.layers.pool import MODES, TokenPool2d
-from rescompress.methods._grid import forbid_maps
+from rescompress.methods._grid import fix_input, forbid_maps
 from rescompress.spec import Stage, Step, as_pair, check_choice, is_int
 
 
@@ -60,12 +60,6 @@ class TokenPool(Step):
                 f"token_pool needs a Vision Transformer, and {type(model).__name__} is a {anatomy.family} network: "
                 "use stem_resize or input_resize"
             )
-        if not anatomy.fixed_input:
-            raise UnsupportedModelError(
-                f"token_pool needs images of one size: this {type(model).__name__} takes any, and a sequence of tokens "
-                "does not tell the grid that it came from; build the model for one size (in timm: img_size=..., "
-                "dynamic_img_size=False)"
-            )
         count = len(anatomy.blocks)
         stride = as_pair("token_pool.stride", self.stride)
         places = (self.after_block,) if isinstance(self.after_block, int) else self.after_block
@@ -78,6 +72,7 @@ class TokenPool(Step):
             anatomy = self._pool_after(model, anatomy, block, stride)
         if stride != (1, 1):
             forbid_maps(model, anatomy, self.kind)
+            anatomy = fix_input(model, anatomy, self.kind)
         return anatomy
 
     def _pool_after(self, model: nn.Module, anatomy: ViTAnatomy, block: int, stride: tuple[int, int]) -> ViTAnatomy:

@@ -97,15 +97,23 @@ def test_gradient_checkpointing() -> None:
 
 
 def test_another_number_of_tokens_raises() -> None:
-    with pytest.raises(RuntimeError, match="made for a .* grid, and got 7 patch tokens"):
+    with pytest.raises(RuntimeError, match=r"made for a .* grid, and got 7 patch tokens"):
         TokenPool2d((4, 4), (2, 2), 0)(torch.zeros(1, 7, 2))
 
 
-def test_dynamic_image_sizes_are_refused() -> None:
+def test_a_model_with_dynamic_image_sizes_takes_one_size_afterwards() -> None:
     """A 32 x 128 image has as many tokens as a 64 x 64 one: nothing behind the patches could tell them apart."""
-    m = timm.create_model("vit_tiny_patch16_224", img_size=64, depth=2, dynamic_img_size=True)
-    with pytest.raises(rc.UnsupportedModelError, match="needs images of one size"):
-        rc.compress(m, rc.TokenPool(after_block=0), example_input=torch.rand(1, 3, 64, 64))
+    m = randomize(timm.create_model("vit_tiny_patch16_224", img_size=64, depth=2, dynamic_img_size=True)).eval()
+    small = rc.compress(m, rc.TokenPool(after_block=0), example_input=torch.rand(1, 3, 32, 96))
+    with torch.no_grad():
+        x = torch.rand(1, 3, 32, 96)
+        y = m.blocks[0](m._pos_embed(m.patch_embed(x)))
+        y = m.forward_head(m.norm(m.blocks[1](TokenPool2d((2, 6), (2, 2), 1)(y))))
+        torch.testing.assert_close(small(x), y, rtol=0, atol=0)
+        with pytest.raises(AssertionError, match=r"Input height \(96\) doesn't match model \(32\)"):
+            small(torch.rand(1, 3, 96, 32))
+        same = rc.compress(m, rc.TokenPool(after_block=0, stride=1), example_input=x)
+        same(torch.rand(1, 3, 96, 32))  # nothing pooled, nothing fixed
 
 
 def test_features_are_not_reshaped_into_a_map_of_nonsense() -> None:
