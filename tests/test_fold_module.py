@@ -158,7 +158,6 @@ def test_decision_prints_as_one_readable_line():
     ("resize", "reason"),
     [
         ({"scale": (0.333, 0.5)}, "no ratio of whole numbers up to 64; the nearest is 1/3"),
-        ({"scale": (0.7, 0.7)}, "side 90 times scale 0.7 is rounded below 63"),
         ({"scale": (19 / 28, 19 / 28)}, "elements, more than"),
         ({"size": (16, 16)}, "changes nothing at this size"),
         ({"size": (32, 32)}, "16 to 32 enlarges"),
