@@ -3,14 +3,18 @@
 import copy
 import io
 import pickle
+import sys
 import warnings
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from rescompress.errors import RescompressWarning, UnsupportedModelError
+import rescompress as rc
+from rescompress.compress import Record
+from rescompress.errors import RescompressWarning, SpecError, UnsupportedModelError
 from rescompress.fold import fold, fold_decisions
+from rescompress.layers.composite import build
 from rescompress.layers.folded import BorderedFoldedConv2d, FoldedConv2d
 from rescompress.layers.phases import NotPeriodicError, phases_of_scale, phases_of_size
 from rescompress.layers.resize import Resize2d, ResizedConv2d
@@ -61,6 +65,12 @@ WAYS = {
 
 def small_net(**resize) -> nn.Module:
     return nn.Sequential(stem(**resize), nn.BatchNorm2d(4), nn.ReLU()).eval()
+
+
+def small_classifier() -> nn.Module:
+    torch.manual_seed(0)
+    features = [nn.Conv2d(3, 8, 7, 2, 3), nn.ReLU(), nn.Conv2d(8, 8, 3, 2, 1), nn.ReLU()]
+    return nn.Sequential(*features, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5)).eval()
 
 
 def other_image(way: str) -> Tensor:
@@ -174,6 +184,58 @@ def test_what_cannot_be_folded_stays_with_its_reason(resize, reason):
     torch.testing.assert_close(kept(x), model(x), rtol=0, atol=0)
 
 
+def test_force_does_not_fold_what_would_differ(monkeypatch):
+    def wrong(conv, axes):
+        folded = build(conv, axes)
+        with torch.no_grad():
+            folded.weight.mul_(1.5)
+        return folded
+
+    monkeypatch.setattr(sys.modules[fold.__module__], "build", wrong)
+    model, x = nn.Sequential(stem(scale=(0.5, 0.5))), torch.zeros(1, 3, 64, 64)
+    (decision,) = fold_decisions(model, x, force=True)
+    assert not decision.folded
+    assert "on a random image, over 1e-04" in decision.reason
+    with pytest.warns(RescompressWarning, match="nothing was folded"):
+        assert isinstance(fold(model, x, force=True)[0], ResizedConv2d)
+
+
+@pytest.mark.parametrize(("resize", "side"), [({"scale": (3 / 7, 3 / 7)}, 112), ({"size": (48, 48)}, 224)])
+def test_nearest_that_only_float32_rounds_apart_stays(resize, side):
+    # In float64 every sample is where it should be; the scale folded for a small image was wrong at a larger one.
+    index, ideal = torch.arange(112)[None, None, None], torch.arange(48) * 7 // 3
+    for dtype, right in ((torch.float64, True), (torch.float32, False)):
+        real = Resize2d(scale=(1.0, 3 / 7), mode="nearest")(index.to(dtype)).flatten().long()
+        assert torch.equal(real, ideal) is right
+    (decision,) = fold_decisions(stem(**resize, mode="nearest"), torch.zeros(1, 3, side, side), force=True)
+    assert not decision.folded
+    assert "by float32 rounding, output 27 takes input 62 instead of 63" in decision.reason
+
+
+@pytest.mark.parametrize("scale", [2 / 3, 0.4, 5 / 8, 0.5])
+def test_nearest_folded_on_a_small_image_is_right_on_a_large_one(scale):
+    model = stem(nn.Conv2d(3, 2, 7, 2, 3), scale=(scale, scale), mode="nearest")
+    agree(model, fold(model, torch.zeros(1, 3, 112, 112), force=True), (112, 112), (224, 1024))
+
+
+def test_every_scale_of_usual_steps_keeps_its_pattern():
+    # 0.7 < 7/10 in float64, and 90 * 0.7 < 63: Resize2d rounds the scale up.
+    model = stem(nn.Conv2d(3, 2, 3, 1, 1), scale=(0.7, 0.7))
+    folded = fold(model, torch.zeros(1, 3, 90, 90), force=True)
+    assert folded(torch.zeros(1, 3, 90, 90)).shape[2:] == (63, 63)
+    agree(model, folded, (90, 90), (91, 99))
+    with pytest.raises(NotPeriodicError, match=r"side 49 times scale .* is rounded below 1"):
+        phases_of_scale(1 / 49, "bilinear", False)
+
+
+def test_a_scale_next_to_nothing_stays():
+    (decision,) = fold_decisions(stem(scale=(1e-300, 0.5)), torch.zeros(1, 3, 32, 32), force=True)
+    assert not decision.folded
+    assert "too near to 0" in decision.reason
+    with pytest.raises(NotPeriodicError, match="scale 1e-300 is too near to 0"):
+        phases_of_scale(1e-300, "bilinear", False)
+
+
 def test_rounding_of_nearest_is_found_out():
     # 13 / 11 in float32 is a little low: some output 11 * t is floored to input 13 * t - 1, and the pattern is broken.
     found = {}
@@ -226,6 +288,31 @@ def test_original_is_untouched_and_nothing_is_shared():
         for parameter in folded.parameters():
             parameter.zero_()
     torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("spec", [rc.StemResize(scale=0.5), rc.StemResize(scale=0.5, mode="nearest")])
+def test_what_is_folded_cannot_be_compressed_again(spec):
+    x = torch.rand(1, 3, 64, 64)
+    small = rc.compress(small_classifier(), spec, example_input=x)
+    folded = fold(small, x)
+    close(folded(x), small(x))
+    again = rc.InputResize(scale=0.5)
+    with pytest.raises(SpecError, match="folded for deployment"):
+        rc.compress(folded, again, example_input=x)
+    assert rc.spec_of(folded) == rc.spec_of(small)
+    rc.compress(small, again, example_input=x)  # the original is still what it was
+    with pytest.warns(RescompressWarning, match="nothing was folded"):
+        kept = fold(rc.compress(small_classifier(), again, example_input=x), x)
+    rc.compress(kept, rc.StemResize(scale=0.5), example_input=x)
+
+
+def test_a_model_that_is_one_convolution_keeps_its_record():
+    small = stem(scale=(0.5, 0.5))
+    small._rescompress = Record(rc.Spec.of(rc.StemResize(scale=0.5)), None, ())
+    folded = fold(small, torch.zeros(1, 3, 32, 32))
+    assert type(folded) is nn.Conv2d
+    assert folded._rescompress.folded
+    assert not small._rescompress.folded
 
 
 def test_nothing_to_fold_warns_and_gives_a_copy():

@@ -1,7 +1,6 @@
 """`rescompress inspect`: what a written file says of itself, read without loading the model."""
 
 import argparse
-import json
 from typing import Any
 
 import yaml
@@ -27,7 +26,7 @@ def run(args: argparse.Namespace) -> int:
     """Carry out the command."""
     header = read_header(args.file)
     if args.json:
-        console.out(json.dumps(header, indent=2))
+        console.out_json(header)
         return 0
     # As plain data: a spec object would import its methods, and torch with them.
     spec = header["spec"]

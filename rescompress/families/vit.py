@@ -10,7 +10,7 @@ from torch import nn
 from rescompress import surgery
 from rescompress.anatomy import GridAttribute, ViTAnatomy, cells
 from rescompress.errors import UnsupportedModelError
-from rescompress.families._base import Family, class_names
+from rescompress.families._base import Family, class_names, image_of
 
 TIMM = "timm.models.vision_transformer.VisionTransformer"
 TORCHVISION = "torchvision.models.vision_transformer.VisionTransformer"
@@ -18,7 +18,7 @@ TORCHVISION = "torchvision.models.vision_transformer.VisionTransformer"
 
 def describe(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ViTAnatomy:
     """Read the parts off the model's own attributes."""
-    height, width = args[0].shape[-2:]
+    height, width = image_of(model, args, kwargs).shape[-2:]
     return (_describe_timm if TIMM in class_names(model) else _describe_torchvision)(model, (height, width))
 
 

@@ -44,7 +44,7 @@ class InputResize(Step):
     antialias: bool | None = None
 
     def __post_init__(self) -> None:
-        check_resize_options(self, MODES)
+        check_resize_options(self, MODES, optional_antialias=True)
 
     def identity(self) -> "InputResize":
         """Return the step that inserts a resize which leaves every image as it is."""

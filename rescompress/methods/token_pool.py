@@ -38,7 +38,8 @@ class TokenPool(Step):
     mode: str = "avg"
 
     def __post_init__(self) -> None:
-        places = (self.after_block,) if isinstance(self.after_block, int) else tuple(self.after_block or ())
+        listed = isinstance(self.after_block, list | tuple)
+        places = tuple(self.after_block) if listed else (self.after_block,)  # type: ignore[arg-type]
         if not places or not all(is_int(place, -10_000) for place in places):
             raise SpecError(f"token_pool.after_block must be a block index or a list of them, got {self.after_block!r}")
         if len(set(places)) != len(places):
