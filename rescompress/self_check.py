@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import flop_registry
 
 from rescompress import surgery
 from rescompress.anatomy import Anatomy, ConvAnatomy, ViTAnatomy
@@ -131,13 +132,31 @@ def _clone(model: nn.Module, visible: dict[int, nn.Parameter]) -> nn.Module:
         ) from error
 
 
+class _CountProducts(TorchDispatchMode):
+    """Adds up the floating-point operations of matrix products by torch's own formulas.
+
+    FlopCounterMode itself also tracks modules, which fails where a parameter is the input of one.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.flops = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        formula = flop_registry.get(func._overloadpacket)
+        if formula is not None:
+            self.flops += formula(*args, **(kwargs or {}), out_val=out)
+        return out
+
+
 def _run(model: nn.Module, call: Call, failing: str) -> tuple[Any, int]:
     """Run a clone; return its outputs and the floating-point operations of its matrix products."""
     args, kwargs = tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, call)
     fast_path = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # it hides the products, and rounds otherwise than plain attention
     try:
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        with torch.no_grad(), _CountProducts() as counter:
             outputs = model(*args, **kwargs)
     except Exception as error:  # the host's own code runs here and may raise anything
         shapes = [tuple(leaf.shape) for leaf in tree_leaves(call) if isinstance(leaf, Tensor)]
@@ -145,7 +164,7 @@ def _run(model: nn.Module, call: Call, failing: str) -> tuple[Any, int]:
         raise UnsupportedModelError(f"{failing} (inputs {shapes}): {type(error).__name__}: {reason}") from error
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
-    return outputs, counter.get_total_flops()
+    return outputs, counter.flops
 
 
 def _where(error: BaseException) -> str:

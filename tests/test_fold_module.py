@@ -202,8 +202,8 @@ def test_force_does_not_fold_what_would_differ(monkeypatch):
 
 @pytest.mark.parametrize(("resize", "side"), [({"scale": (3 / 7, 3 / 7)}, 112), ({"size": (48, 48)}, 224)])
 def test_nearest_that_only_float32_rounds_apart_stays(resize, side):
-    # In float64 every sample is where it should be; the scale folded for a small image was wrong at a larger one.
-    index, ideal = torch.arange(112)[None, None, None], torch.arange(48) * 7 // 3
+    # In a large float64 map every sample is where it should be; what was folded on that ground was wrong in float32.
+    index, ideal = torch.arange(7000)[None, None, None], torch.arange(3000) * 7 // 3
     for dtype, right in ((torch.float64, True), (torch.float32, False)):
         real = Resize2d(scale=(1.0, 3 / 7), mode="nearest")(index.to(dtype)).flatten().long()
         assert torch.equal(real, ideal) is right

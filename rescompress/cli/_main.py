@@ -36,13 +36,15 @@ def main(argv: list[str] | None = None) -> int:
         console.error("stdout is closed, so the result cannot be printed; send it to a file or to /dev/null")
         return FAILED
     with _termination_cleans_up():
-        code = _run(argv, debug="--debug" in argv)
-    failure = console.stdout_failure()
-    if failure is None:
-        return code
-    console.drop_stdout()
-    if not isinstance(failure, BrokenPipeError):
-        console.error(f"cannot write the result to stdout: {failure.strerror}; send it elsewhere")
+        try:
+            code = _run(argv, debug="--debug" in argv)
+            console.flush()
+            return code
+        except BrokenPipeError:  # the reader (head, less) has what it wanted
+            console.drop_stdout()
+        except console.StdoutError as error:
+            console.drop_stdout()
+            console.error(str(error))
     return FAILED
 
 
@@ -53,14 +55,12 @@ def _run(argv: list[str], debug: bool) -> int:
                 args = _parser().parse(argv)
                 with console.only_results_on_stdout():
                     return int(args.run(args))
-            except BrokenPipeError:  # the reader (head, less) has what it wanted
-                return FAILED
+            except (BrokenPipeError, console.StdoutError):
+                raise
             except Exception as error:
-                # Where stdout fails, that is the error, and it is said at the end.
-                if console.stdout_failure() is None:
-                    if debug:
-                        traceback.print_exc()
-                    console.error(_line(error))
+                if debug:
+                    traceback.print_exc()
+                console.error(_line(error))
                 return FAILED
     except KeyboardInterrupt:
         console.error("interrupted")

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from typing import Any, TextIO
 
-from rescompress.errors import RescompressWarning
+from rescompress.errors import RescompressError, RescompressWarning
 
 PLAIN_WIDTH = 120
 """Columns of a table that goes to a file or a pipe, where no terminal says how wide it is."""
@@ -20,6 +20,10 @@ _results: TextIO | None = None
 """Where results go while `sys.stdout` is turned away from there; None for `sys.stdout`."""
 
 _CHATTY = ("huggingface_hub", "timm", "transformers", "urllib3", "PIL", "torch")
+
+
+class StdoutError(RescompressError):
+    """The result cannot be printed."""
 
 
 def error(message: str) -> None:
@@ -40,7 +44,8 @@ def note(message: str) -> None:
 
 def out(text: str = "") -> None:
     """Print a line of the result on stdout."""
-    print(printable(text), file=_results)
+    with _to_stdout():
+        print(printable(text), file=_results)
 
 
 def out_json(data: Any) -> None:
@@ -68,13 +73,24 @@ def only_results_on_stdout() -> Iterator[None]:
         _results = before
 
 
-def stdout_failure() -> OSError | None:
-    """Write out what waits for stdout; return what went wrong."""
+@contextmanager
+def _to_stdout() -> Iterator[None]:
     try:
-        sys.stdout.flush()
+        yield
+    except BrokenPipeError:  # no failure: the reader has what it wanted
+        raise
     except OSError as error:
-        return error
-    return None
+        raise StdoutError(f"cannot write the result to stdout: {error.strerror}; send it elsewhere") from error
+
+
+def flush() -> None:
+    """Write out what waits for stdout.
+
+    Raises:
+        StdoutError: it cannot be written.
+    """
+    with _to_stdout():
+        sys.stdout.flush()
 
 
 def drop_stdout() -> None:
@@ -90,7 +106,8 @@ def table(renderable: Any) -> None:
     console = Console(file=stdout, markup=False, highlight=False)
     if not console.is_terminal:
         console = Console(file=stdout, markup=False, highlight=False, width=PLAIN_WIDTH)
-    console.print(renderable)
+    with _to_stdout():
+        console.print(renderable)
 
 
 def printable(text: str) -> str:

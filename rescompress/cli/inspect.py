@@ -50,6 +50,7 @@ def _facts(header: dict[str, Any]) -> list[tuple[str, str]]:
     for given in _items(header.get("inputs")):
         facts.append(("input", f"{_mapping(given).get('dtype')} {_mapping(given).get('shape')}"))
     facts.append(("batch sizes", f"{header.get('batch_sizes_checked')} compared with the model when written"))
+    facts.append(("input sizes", str(header.get("input_sizes", "not compared when written"))))
     facts += [("reached", str(line)) for line in _items(header.get("log"))]
     for decision in _items(header.get("fold")):
         state = "folded" if _mapping(decision).get("folded") else "kept"

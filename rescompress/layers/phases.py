@@ -175,14 +175,16 @@ def _ideal(outputs: int, length: int, p: int, q: int, first: int, weights: Tenso
 def _check_nearest(p: int, q: int, length: int, scale: float | None) -> None:
     """Compare every sample that nearest takes of `length` pixels with floor(j * q / p).
 
-    `F.interpolate` finds its samples in float64 for float64 maps on the CPU, and in float32 for all others.
+    `F.interpolate` finds its samples in float32, except for large float64 maps on the CPU.
     """
     for dtype in (torch.float32, torch.float64):
-        index = torch.arange(length, dtype=dtype)[None, None, None]
+        # Rows are repeated to make the map large whatever its length.
+        index = torch.arange(length, dtype=dtype).expand(1, 1, max(1, MAX_SIDE // length), -1).contiguous()
         if scale is None:
-            real = F.interpolate(index, size=(1, length * p // q), mode="nearest").flatten().long()
+            out = F.interpolate(index, size=(index.shape[2], length * p // q), mode="nearest")
         else:
-            real = F.interpolate(index, scale_factor=(1.0, scale), mode="nearest").flatten().long()
+            out = F.interpolate(index, scale_factor=(1.0, scale), mode="nearest")
+        real = out[0, 0, 0].long()
         ideal = torch.arange(real.numel()) * q // p
         wrong = (real != ideal).nonzero().flatten()
         if wrong.numel() > 0:

@@ -76,7 +76,7 @@ class Resize2d(nn.Module):
 def _round_up(scale: float) -> float:
     """Return the smallest float that is at least the fraction meant: floor(90 * 0.7) would be 62, for 0.7 < 7/10."""
     fraction = Fraction(scale).limit_denominator(1000)
-    if abs(fraction - Fraction(scale)) > 1e-12:
+    if fraction == 0 or abs(fraction - Fraction(scale)) > 1e-12:
         return float(scale)
     nearest = float(fraction)
     return nearest if Fraction(nearest) >= fraction else math.nextafter(nearest, 1.0)
