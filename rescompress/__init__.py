@@ -20,12 +20,14 @@ if TYPE_CHECKING:
     from rescompress.errors import SpecError as SpecError
     from rescompress.errors import UnsupportedModelError as UnsupportedModelError
     from rescompress.export import export as export
+    from rescompress.export import load as load
     from rescompress.export import read_spec as read_spec
     from rescompress.fold import fold as fold
     from rescompress.measure import compare as compare
     from rescompress.measure import measure as measure
     from rescompress.methods.input_resize import InputResize as InputResize
     from rescompress.methods.patch_resize import PatchResize as PatchResize
+    from rescompress.methods.quantize import Quantize as Quantize
     from rescompress.methods.stem_resize import StemResize as StemResize
     from rescompress.methods.token_merge import TokenMerge as TokenMerge
     from rescompress.methods.token_pool import TokenPool as TokenPool
@@ -47,12 +49,14 @@ _HOME = {
     "SpecError": "errors",
     "UnsupportedModelError": "errors",
     "export": "export",
+    "load": "export",
     "read_spec": "export",
     "fold": "fold",
     "compare": "measure",
     "measure": "measure",
     "InputResize": "methods.input_resize",
     "PatchResize": "methods.patch_resize",
+    "Quantize": "methods.quantize",
     "StemResize": "methods.stem_resize",
     "TokenMerge": "methods.token_merge",
     "TokenPool": "methods.token_pool",

@@ -70,6 +70,7 @@ class ViTAnatomy(Anatomy):
     Attributes:
         image_size: (height, width) of the image that reaches the patches: input_size until it is resized
         patch_conv: FQN of the convolution that cuts the image into patches
+        size_check: FQN of the host's attribute that, when true, makes it take images of its `img_size` only
         pads_image: whether the host fills up the last patches instead of leaving their pixels unread
         patch_size: its kernel, (height, width) in pixels
         pos_embed: FQN of the learned position embedding, (1, P + H * W, C) or (1, H * W, C); None if there is none
@@ -81,6 +82,7 @@ class ViTAnatomy(Anatomy):
         num_patch_tokens: number of patch tokens at the same places
         pos_embed_grid: grid that the position embedding is laid out for
         grid_attributes: attributes of the host that must follow when the grid of the patches changes
+        grid_method: FQN of the host's method that says which grid its intermediate features form; None if there is none
         fixed_input: whether the host takes images of one size only
         norm: FQN of the norm that follows the last block; None if there is none
         mean_pooled: whether the head takes the mean over the patch tokens
@@ -97,7 +99,9 @@ class ViTAnatomy(Anatomy):
     grids: tuple[Grid | None, ...]
     num_patch_tokens: tuple[int, ...]
     grid_attributes: tuple[GridAttribute, ...] = ()
+    grid_method: str | None = None
     fixed_input: bool = True
+    size_check: str | None = None
     pads_image: bool = False
     norm: str | None = None
     mean_pooled: bool = False

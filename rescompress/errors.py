@@ -32,6 +32,11 @@ class RescompressWarning(UserWarning):
     """Something was done otherwise than asked, and the message says what."""
 
 
+def one_line(error: BaseException, limit: int = 300) -> str:
+    """Return what an error says as one line of at most `limit` characters; its class where it says nothing."""
+    return " ".join(str(error).split())[:limit] or type(error).__name__
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return "; did you mean 'x'?" with the nearest known name, or a list of all names when none is near."""
     names = sorted(known)

@@ -7,7 +7,6 @@ arithmetic; `rescompress.layers.phases` finds the pattern of the interpolation, 
 import copy
 import math
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -29,6 +28,9 @@ MACS_PER_MOVED = 24
 
 MAX_BANK = 1 << 24
 """Elements of a folded kernel beyond which even `force` does not fold."""
+
+_RECORD = "_rescompress"
+"""Attribute by which `compress` knows its models."""
 
 _TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
@@ -72,21 +74,26 @@ def fold(model: Model, example_input: Any = None, *, force: bool = False) -> Mod
         model: a model that `compress` made, or any model that holds a `ResizedConv2d`.
         example_input: a tensor or a tuple of arguments as for torch.export; its size decides where folding is cheaper,
             and it is the only size that a resize to a fixed `size` is folded for.
-        force: fold even where the arithmetic says that it costs more.
+        force: fold even where the arithmetic says that it costs more; never where the outputs would differ.
 
     Raises:
         UnsupportedModelError: the model does not run on the example input.
     """
     plans = _plan(model, example_input, force)
     folded = copy.deepcopy(model)
+    record = getattr(folded, _RECORD, None)
     for decision, new in plans:
         if new is not None:
             # The replacement's `before` is still the original's: nothing of the original may be shared.
             new = copy.deepcopy(new)
             if decision.name == "":
-                return new  # type: ignore[return-value]
-            surgery.swap(folded, decision.name, new)
-    if not any(decision.folded for decision, _ in plans):
+                folded = new  # type: ignore[assignment]
+            else:
+                surgery.swap(folded, decision.name, new)
+    if any(decision.folded for decision, _ in plans):
+        if record is not None:  # compress refuses what is folded
+            setattr(folded, _RECORD, replace(record, folded=True))
+    else:
         why = "; ".join(str(decision) for decision, _ in plans) or "no convolution of it is followed by a resize"
         warnings.warn(
             f"nothing was folded in this {type(model).__name__}, the copy is as before: {why}",
@@ -143,13 +150,6 @@ def _input_shapes(model: nn.Module, names: Any, example_input: Any) -> dict[str,
             ) from error
 
 
-def _recorder(seen: list[torch.Size]) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-    def record(_: nn.Module, inputs: tuple[Any, ...]) -> None:
-        seen.append(inputs[0].shape)
-
-    return record
-
-
 def _decide(
     name: str, conv: ResizedConv2d, shapes: list[torch.Size], force: bool
 ) -> tuple[FoldDecision, nn.Module | None]:
@@ -186,7 +186,7 @@ def _decide(
     except ValueError as error:  # what only running it can tell
         return replace(kept, reason=str(error)), None
     tolerance = _TOLERANCE.get(conv.weight.dtype, 0.0)
-    if off is not None and not off <= tolerance and not force:  # `not <=` so that NaN is refused too
+    if off is not None and not off <= tolerance:  # `not <=` so that NaN is refused too
         return replace(kept, reason=f"relative difference {off:.1e} on a random image, over {tolerance:.0e}"), None
     reason = ratio if cheaper else f"forced, at {ratio}"
     return replace(kept, folded=True, reason=reason, max_error=off), folded

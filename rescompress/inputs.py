@@ -102,16 +102,18 @@ def _has_list_of_tensors(value: Any) -> bool:
     return False
 
 
-def default_input(model: nn.Module) -> Tensor:
+def default_input(model: nn.Module, size: tuple[int, int] | None = None) -> Tensor:
     """Return one random image of the size, channels and dtype that the model's own config names.
 
     timm's `pretrained_cfg` and `patch_embed.img_size`, torchvision's `image_size`, Hugging Face's `config.image_size`
-    are read; without any, the image is 3 x 224 x 224. The global random state is not touched.
+    are read; without any, the image is 3 x 224 x 224. `size`, (height, width), is taken instead of any. The global
+    random state is not touched.
 
     Shape:
         - Output: (1, C, H, W), values in [0, 1)
     """
     channels, height, width = _input_size(model)
+    height, width = size or (height, width)
     tensor = next(model.parameters(), next(model.buffers(), torch.empty(0)))
     dtype = tensor.dtype if tensor.is_floating_point() else torch.float32
     if tensor.is_meta:

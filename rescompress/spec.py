@@ -153,9 +153,9 @@ def step_type_of(kind: str) -> type[Step]:
     Raises:
         SpecError: no method has this tag.
     """
-    if kind not in _registered:
+    if not isinstance(kind, str) or kind not in _registered:
         kinds = step_kinds()
-        if kind not in kinds:
+        if not isinstance(kind, str) or kind not in kinds:
             raise SpecError(f"unknown method {kind!r}{did_you_mean(str(kind), kinds)}")
         # By name, not by import statement: the spec stands below the methods and must load without torch.
         importlib.import_module(f"rescompress.methods.{kind}")
@@ -239,7 +239,7 @@ class Spec:
         """
         try:
             data = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise SpecError(f"the spec is not JSON: {error}") from error
         return cls.from_dict(data)
 
@@ -260,7 +260,7 @@ class Spec:
 
         try:
             data = yaml.safe_load(text)
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, RecursionError) as error:
             raise SpecError(f"the spec is not YAML: {' '.join(str(error).split())}") from error
         return cls.from_dict(data)
 
@@ -286,7 +286,12 @@ class Spec:
 
 def is_number(value: object) -> bool:
     """Whether `value` is a finite int or float; booleans are not numbers."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number beyond what a float holds
+        return False
 
 
 def is_int(value: object, minimum: int) -> bool:

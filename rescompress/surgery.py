@@ -2,6 +2,7 @@
 
 import copy
 from collections import OrderedDict
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from rescompress.anatomy import Grid
 from rescompress.errors import UnsupportedModelError
 from rescompress.layers.resize import ResizedConv2d
+from rescompress.layers.wrap import ResizedModule
 
 
 def get(model: nn.Module, fqn: str) -> nn.Module:
@@ -31,15 +33,31 @@ def split(fqn: str) -> tuple[str, str]:
 
 
 def swap(model: nn.Module, fqn: str, new: nn.Module) -> None:
-    """Put `new` where the module `fqn` is, at every place where that same object is registered."""
+    """Put `new` where the module `fqn` is, at every place where that same object is registered.
+
+    Raises:
+        UnsupportedModelError: it is the model itself, or carries hooks that `new` would not.
+    """
     old = get(model, fqn)
     if old is model:
         raise UnsupportedModelError("the model itself cannot be swapped, only its parts")
+    _refuse_lost_hooks(fqn, old, new)
     new.train(old.training)
     for module in list(model.modules()):
         for name, child in module._modules.items():
             if child is old:
                 module._modules[name] = new
+
+
+def _refuse_lost_hooks(fqn: str, old: nn.Module, new: nn.Module) -> None:
+    kept = set(new.modules())
+    for name, module in old.named_modules(prefix=fqn):
+        hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+        if module not in kept and any(hooks):
+            raise UnsupportedModelError(
+                f"{name!r} carries hooks, which would be lost when it is replaced; remove them and register them again "
+                "afterwards"
+            )
 
 
 def insert_after(model: nn.Module, fqn: str, name: str, new: nn.Module) -> None:
@@ -82,31 +100,40 @@ def set_parameter(model: nn.Module, fqn: str, value: Tensor) -> None:
         owner._buffers[name] = value
 
 
-def clone_shared(model: nn.Module, device: torch.device | str | None = None) -> nn.Module:
-    """Copy the tree of modules but share its parameters and buffers, or put empty ones on `device` ("meta").
+def set_attribute(model: nn.Module, fqn: str, value: object) -> None:
+    """Set a plain attribute of a module by its FQN."""
+    owner, name = split(fqn)
+    setattr(get(model, owner), name, value)
+
+
+def clone_shared(
+    model: nn.Module, device: torch.device | str | None = None, replaced: Mapping[int, nn.Parameter] | None = None
+) -> nn.Module:
+    """Copy the tree of modules and the buffers but share the parameters, or put empty ones on `device` ("meta").
 
     Cheap: surgery can be tried on the clone, and its forward runs with the same weights. Surgery replaces
-    parameters and never writes into them, so the original stays untouched.
+    parameters and never writes into them, so the original stays untouched. `replaced` gives other parameters instead
+    of some, by the identity of the old ones.
     """
     memo: dict[int, Any] = {}
     for parameter in model.parameters():
         memo[id(parameter)] = (
-            parameter
+            (replaced or {}).get(id(parameter), parameter)
             if device is None
             else nn.Parameter(parameter.detach().to(device), requires_grad=parameter.requires_grad)
         )
-    for buffer in model.buffers():
-        memo[id(buffer)] = buffer if device is None else buffer.detach().to(device)
+    if device is not None:
+        for buffer in model.buffers():
+            memo[id(buffer)] = buffer.detach().to(device)
     return copy.deepcopy(model, memo)
 
 
 def output_grid(conv: nn.Module, grid: Grid) -> Grid:
     """Return the grid of the map that a convolution alone, without any resizing, makes of a `grid` of pixels."""
-    clone = clone_shared(conv, "meta")
-    channels: Any = conv.in_channels
+    clone: Any = clone_shared(conv.inner if isinstance(conv, ResizedModule) else conv, "meta")
     dtype = next(clone.parameters()).dtype
     with torch.no_grad():
-        image = torch.empty((1, int(channels), *grid), device="meta", dtype=dtype)
+        image = torch.empty((1, clone.in_channels, *grid), device="meta", dtype=dtype)
         shape = (clone.conv(image) if isinstance(clone, ResizedConv2d) else clone(image)).shape
     return (int(shape[-2]), int(shape[-1]))
 

@@ -11,6 +11,7 @@ import torchvision
 from torch import Tensor, nn
 
 import rescompress as rc
+from rescompress.measure.macs import count_macs
 from rescompress.surgery import fingerprint
 from tests.zoo import build, image, randomize
 
@@ -114,6 +115,19 @@ def test_input_and_stem_together() -> None:
         y = model[0](nn.functional.interpolate(x, scale_factor=0.5))
         y = model[1:](nn.functional.interpolate(y, size=(4, 2), mode="area"))
         torch.testing.assert_close(rc.compress(model, spec, example_input=x)(x), y)
+
+
+@pytest.mark.parametrize("make", [small_cnn, lambda: timm.create_model("resnetv2_50x1_bit").eval()])
+def test_stem_and_then_input(make: object) -> None:
+    model, x = make(), torch.rand(1, 3, 64, 64)
+    in_turn = rc.Spec.of(rc.StemResize(scale=0.5), rc.InputResize(scale=0.5))
+    small = rc.compress(model, in_turn, example_input=x)
+    assert small._rescompress.anatomy.stem_grid == (8, 8)
+    other = rc.compress(model, rc.Spec.of(*reversed(in_turn.steps)), example_input=x)
+    with torch.no_grad():
+        torch.testing.assert_close(small(x), other(x), rtol=0, atol=0)
+    with pytest.raises(rc.SpecError, match=r"which stem_resize\.size=.* would enlarge"):
+        rc.compress(model, rc.Spec.of(rc.StemResize(size=24), rc.InputResize(scale=0.5)), example_input=x)
 
 
 @pytest.mark.parametrize("mode", ["nearest", "bilinear", "bicubic", "area"])
@@ -255,7 +269,8 @@ def test_convolutions_with_a_forward_of_their_own(name: str) -> None:
 def test_a_model_on_the_meta_device() -> None:
     with torch.device("meta"):
         model = timm.create_model("resnet18")
-    small = rc.compress(model, scale=0.5)
+    with pytest.warns(rc.RescompressWarning, match="only shapes were checked"):
+        small = rc.compress(model, scale=0.5)
     assert small(torch.empty(1, 3, 224, 224, device="meta")).shape == (1, 1000)
 
 
@@ -282,3 +297,178 @@ def test_rounding_is_told_from_a_change() -> None:
     model = build("torchvision vit_b_16").to(torch.bfloat16)
     small = rc.compress(model, rc.TokenMerge(r=1))
     assert all(p.dtype == torch.bfloat16 for p in [*model.parameters(), *small.parameters()])
+
+
+class PlainList(nn.Module):
+    """Runs its convolution through a plain list, which surgery by name cannot reach."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 4, 3, 2, 1)
+        self.steps = [self.conv1, nn.ReLU()]
+
+    def forward(self, x: Tensor) -> Tensor:
+        for step in self.steps:
+            x = step(x)
+        return x.mean((2, 3))
+
+
+class SideBranch(nn.Module):
+    """A small branch decides on the contrast of the image; the network itself reads the image behind it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.body = nn.Conv2d(3, 1, 3, 2), nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x * self.gate(x).mean((2, 3), keepdim=True).sigmoid()).mean((2, 3))
+
+
+class NormalisedTwoReaders(TwoReaders):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward((x - 0.5) / 0.2)
+
+
+class Labels(nn.Module):
+    """Returns whole numbers, and other ones as soon as its convolution is of another class."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x).mean((2, 3))
+        return (y if type(self.conv) is nn.Conv2d else -y).argmax(1)
+
+
+class Noisy(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.conv(x) + torch.randn(())).mean((2, 3))
+
+
+class Counts(nn.Module):
+    """Writes into a buffer, and into its input, in evaluation mode too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3, 2, 1)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return self.conv(x.mul_(2)).mean((2, 3))
+
+
+class NoTensors(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, x: Tensor) -> str:
+        return str(self.conv(x).shape[0])
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (PlainList(), "never calls its module 'conv1'"),
+        (SideBranch(), "saves nothing in this SideBranch"),
+        (NormalisedTwoReaders(), "in 2 convolutions"),
+        (Labels(), "at zero reduction changes what"),
+        (Noisy(), "other outputs from call to call"),
+        (NoTensors(), "no tensors that could be compared"),
+    ],
+)
+def test_what_cannot_be_proved_is_refused(model: nn.Module, message: str) -> None:
+    with pytest.raises(rc.UnsupportedModelError, match=message):
+        rc.compress(model, scale=0.5, example_input=torch.rand(1, 3, 32, 32))
+
+
+def test_buffers_and_inputs_are_left_alone() -> None:
+    model, x = Counts(), torch.rand(1, 3, 32, 32)
+    before = x.clone()
+    small = rc.compress(model, scale=0.5, example_input=x)
+    torch.testing.assert_close(x, before, rtol=0, atol=0)
+    assert model.calls == 0 and small.calls == 0
+
+
+def test_weights_of_zero_do_not_blind_the_check() -> None:
+    """A fresh torchvision ViT returns zeros, whatever its blocks do."""
+    model = torchvision.models.VisionTransformer(32, 8, 2, 2, 16, 32)
+    assert not model.heads.head.weight.any()
+    small = rc.compress(model, rc.TokenMerge(r=1), example_input=torch.rand(1, 3, 32, 32))
+    assert not small.heads.head.weight.any()  # the stand-ins were the clones' own
+
+    class Skipping(rc.TokenMerge):
+        kind = "skipping_for_test"
+
+        def apply(self, model: nn.Module, anatomy: object) -> object:
+            new = super().apply(model, anatomy)
+            model.encoder.layers[0].mlp = nn.Identity()
+            return new
+
+        def identity(self) -> rc.Step:
+            return Skipping(r=0)
+
+    with pytest.raises(rc.UnsupportedModelError, match="at zero reduction changes what"):
+        rc.compress(model, Skipping(r=1), example_input=torch.rand(1, 3, 32, 32))
+
+
+def test_warnings_as_errors_leave_the_model_as_it_was() -> None:
+    model = small_cnn()
+    before = fingerprint(model)
+    spec = rc.Spec.of(rc.StemResize(size=8), rc.InputResize(scale=0.63))
+    with pytest.raises(rc.RescompressWarning, match="cannot be reached exactly"):
+        rc.compress_(model, spec, example_input=torch.rand(1, 3, 64, 64))
+    assert fingerprint(model) == before
+
+
+def test_a_checkpoint_loads_by_the_way_that_the_kernel_came() -> None:
+    model = randomize(timm.create_model("vit_tiny_patch16_224", img_size=448, depth=1)).eval()
+    spec = rc.Spec.of(rc.PatchResize(patch_size=28), rc.PatchResize(patch_size=32))
+    small = rc.compress(model, spec)
+    loaded = copy.deepcopy(small)
+    loaded.load_state_dict(model.state_dict())
+    for key, value in small.state_dict().items():
+        torch.testing.assert_close(loaded.state_dict()[key], value, rtol=1e-6, atol=1e-6)
+
+
+def test_going_on_needs_the_same_example_size() -> None:
+    small = rc.compress(small_cnn(), rc.StemResize(scale=0.5), example_input=torch.rand(1, 3, 64, 64))
+    again = rc.compress(small, rc.InputResize(scale=0.5))  # its example is made of the size on record
+    assert again._rescompress.anatomy.input_size == (64, 64)
+    with pytest.raises(rc.SpecError, match="with an example of 64 x 64 pixels, got one of 128 x 128"):
+        rc.compress(small, rc.InputResize(scale=0.5), example_input=torch.rand(1, 3, 128, 128))
+
+
+@pytest.mark.parametrize("example", [(), {"size": 3}, torch.rand(3)])
+def test_examples_without_an_image(example: object) -> None:
+    for model in (build("resnet18"), build("test_vit"), small_cnn()):
+        with pytest.raises(rc.UnsupportedModelError, match="holds no batch of images"):
+            rc.compress(model, scale=0.5, example_input=example)
+
+
+def test_under_inference_mode_the_copy_can_be_trained() -> None:
+    model = build("test_vit")
+    with torch.inference_mode():
+        small = rc.compress(model, scale=0.5, example_input=torch.rand(1, 3, 64, 64))
+    small(torch.rand(1, 3, 64, 64)).sum().backward()
+    assert small.patch_embed.proj.weight.grad.isfinite().all()
+
+
+@pytest.mark.parametrize(("size", "gmacs"), [(96, 3.036), (80, 2.145), (64, 1.416), (56, 1.166)])
+def test_published_counts_of_resnet_50(size: int, gmacs: float) -> None:
+    """GMACs of ResNet-50 by the side of the map behind its first convolution, at 224 x 224."""
+    model = torchvision.models.resnet50().eval()
+    small = rc.compress(model, rc.StemResize(size=size, mode="nearest"))
+    assert round(count_macs(small, torch.rand(1, 3, 224, 224)).macs / 1e9, 3) == gmacs
+
+
+def test_dense_outputs_that_shrink_are_said() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, 2, 1), nn.Conv2d(4, 4, 3, 1, 1))
+    with pytest.warns(rc.RescompressWarning, match=r"an output has shape \(1, 4, 8, 8\) instead of \(1, 4, 16, 16\)"):
+        rc.compress(model, scale=0.5, example_input=torch.rand(1, 3, 32, 32))

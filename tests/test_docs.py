@@ -18,6 +18,13 @@ ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("docs/**/*.md"), ROOT / "README.md"])
 CARDS = sorted(ROOT.glob("docs/methods/*.md"))
 METHODS = sorted(path for path in ROOT.glob("rescompress/methods/*.py") if not path.name.startswith("_"))
+EXPLAINED = """
+import timm, torch
+import rescompress as rc
+model, x = timm.create_model("resnet18").eval(), torch.randn(1, 3, 224, 224)
+"""
+"""What the blocks of the explanations find, which are fragments: `rc`, a small model and its input."""
+
 SECTIONS = ["When to use", "When not", "Options", "Cost", "Measured", "Families", "Export", "To know", "Paper"]
 
 
@@ -54,6 +61,8 @@ def test_python_blocks_run(
     page: Path, main_module: types.ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    if page.parent.name == "explanation":
+        exec(EXPLAINED, vars(main_module))
     for line, source in blocks(page):
         # Padded with empty lines, so that a traceback names the line of the page.
         exec(compile("\n" * line + source, str(page), "exec"), vars(main_module))

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 import rescompress as rc
-from rescompress.compress import self_check
 from rescompress.families import describe
 from rescompress.measure.macs import count_macs
+from rescompress.self_check import self_check
 from rescompress.surgery import fingerprint
 from tests.zoo import MODELS, PAIRS, REFUSED, STEPS, UNSUPPORTED, build, image
 

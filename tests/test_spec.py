@@ -62,6 +62,10 @@ def test_the_dict_of_the_design() -> None:
         ({"kind": "token_pool"}, "needs the option 'after_block'"),
         ({"kind": "stem_resiz", "scale": 0.5}, "unknown method 'stem_resiz'; did you mean 'stem_resize'"),
         ({"kind": 7}, "unknown method 7"),
+        ({"kind": [1]}, r"unknown method \[1\]"),
+        ({"kind": "stem_resize", "scale": 10**400}, r"must be in \(0, 1\]"),
+        ({"kind": "stem_resize", "scale": 0.5, "antialias": None}, "must be true or false"),
+        ({"kind": "token_pool", "after_block": 1.5}, "block index"),
         ({"scale": 0.5}, "needs a 'kind'"),
         ({"kind": "stem_resize"}, "takes either a scale or a size"),
         ({"kind": "stem_resize", "scale": 0.5, "size": 4}, "takes either a scale or a size"),
@@ -118,6 +122,13 @@ def test_missing_file_and_bad_json(tmp_path: Path) -> None:
     (tmp_path / "spec.json").write_text("{")
     with pytest.raises(rc.SpecError, match="not JSON"):
         rc.Spec.load(tmp_path / "spec.json")
+
+
+def test_deep_nesting_is_named() -> None:
+    with pytest.raises(rc.SpecError, match="not JSON"):
+        rc.Spec.from_json("[" * 100_000)
+    with pytest.raises(rc.SpecError, match="not YAML"):
+        rc.Spec.from_yaml("[" * 5_000)
 
 
 def test_stages_never_go_back() -> None:

@@ -89,7 +89,7 @@ def show_all(as_json: bool) -> None:
     """Print every method in one line."""
     cards = [card_of(kind) for kind in step_kinds()]
     if as_json:
-        console.out(json.dumps([dataclasses.asdict(card) for card in cards], indent=2))
+        console.out_json([dataclasses.asdict(card) for card in cards])
         return
     from rich.table import Table
 
@@ -110,7 +110,7 @@ def show_one(kind: str, as_json: bool) -> None:
     """
     card = card_of(kind)
     if as_json:
-        console.out(json.dumps(dataclasses.asdict(card), indent=2))
+        console.out_json(dataclasses.asdict(card))
         return
     from rich.table import Table
 
@@ -138,7 +138,7 @@ def show_families(as_json: bool) -> None:
         data = [
             {name: getattr(family, name) for name in ("name", "summary", "methods", "hosts")} for family in families()
         ]
-        console.out(json.dumps(data, indent=2))
+        console.out_json(data)
         return
     for family in families():
         console.out(f"{family.name}: {family.summary}")

@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from rescompress.cli import console, predictions
 from rescompress.cli.images import default_photograph, open_image
 from rescompress.cli.models import MEANINGLESS, Loaded, Request, load_model
 from rescompress.cli.predictions import Prediction
-from rescompress.cli.specs import make_spec
+from rescompress.cli.specs import scaled_spec, spec_without_model
 from rescompress.compress import compress, record_of
 from rescompress.export import check_writable, export, read_header
 from rescompress.fold import FoldDecision, fold, fold_decisions
@@ -68,6 +67,7 @@ def compress_and_show(args: argparse.Namespace) -> None:
     # What can be refused at once is refused before anything is built.
     if args.out is not None:
         check_writable(args.out)
+    spec = spec_without_model(scale=args.scale, path=args.spec, settings=args.settings)
     image_path = default_photograph() if args.image is None else Path(args.image)
     image = open_image(image_path)
 
@@ -75,7 +75,8 @@ def compress_and_show(args: argparse.Namespace) -> None:
         loaded = load_model(request_of(args))
     x = loaded.transform(image).unsqueeze(0)
     with console.step("compressing, and checking that nothing else changes"):
-        spec = make_spec(loaded.model, x, scale=args.scale, path=args.spec, settings=args.settings)
+        if spec is None:
+            spec = scaled_spec(loaded.model, x, args.scale, args.settings)
         small = compress(loaded.model, spec, example_input=x).eval()
         folding = fold_decisions(small, x)
         deployed = fold(small, x).eval() if any(decision.folded for decision in folding) else small
@@ -105,7 +106,7 @@ def compress_and_show(args: argparse.Namespace) -> None:
         written=written,
     )
     if args.json:
-        console.out(json.dumps(as_data(outcome), indent=2))
+        console.out_json(as_data(outcome))
     else:
         show(outcome)
 

@@ -1,15 +1,19 @@
 """Read the command line, run one command, and turn errors into one line and an exit code."""
 
-import os
+import signal
 import sys
+import threading
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import ModuleType
+from typing import Any, NoReturn
 
 from rescompress.cli import compress, console, families, inspect, measure, methods
 from rescompress.cli._parser import Parser
-from rescompress.errors import RescompressError
+from rescompress.errors import RescompressError, one_line
 
-OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
+OK, FAILED, USAGE, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143
 
 # Importing them costs nothing: torch is imported by a command's run, so that --help answers at once.
 _COMMANDS: tuple[ModuleType, ...] = (compress, measure, inspect, methods, families)
@@ -20,25 +24,39 @@ _EPILOG = """examples:
   rescompress inspect small.pt
   rescompress methods stem_resize
 
-exit codes: 0 done, 1 an error (one line on stderr), 2 wrong usage, 130 interrupted
+exit codes: 0 done, 1 an error (one line on stderr), 2 wrong usage, 130 interrupted,
+143 terminated
 """
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run `rescompress` with these arguments, by default those of the process, and return the exit code."""
     argv = sys.argv[1:] if argv is None else argv
-    debug = "--debug" in argv
+    if sys.stdout is None:
+        console.error("stdout is closed, so the result cannot be printed; send it to a file or to /dev/null")
+        return FAILED
+    with _termination_cleans_up():
+        try:
+            code = _run(argv, debug="--debug" in argv)
+            console.flush()
+            return code
+        except BrokenPipeError:  # the reader (head, less) has what it wanted
+            console.drop_stdout()
+        except console.StdoutError as error:
+            console.drop_stdout()
+            console.error(str(error))
+    return FAILED
+
+
+def _run(argv: list[str], debug: bool) -> int:
     try:
         with console.messages(debug):
             try:
                 args = _parser().parse(argv)
-                code = int(args.run(args))
-                sys.stdout.flush()
-                return code
-            except BrokenPipeError:
-                # The reader (head, less) has what it wanted; without this, Python complains again while shutting down.
-                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-                return FAILED
+                with console.only_results_on_stdout():
+                    return int(args.run(args))
+            except (BrokenPipeError, console.StdoutError):
+                raise
             except Exception as error:
                 if debug:
                     traceback.print_exc()
@@ -48,7 +66,26 @@ def main(argv: list[str] | None = None) -> int:
         console.error("interrupted")
         return INTERRUPTED
     except SystemExit as stop:  # argparse ends so after --help, --version and wrong usage
+        if stop.code == TERMINATED:
+            console.error("terminated")
         return stop.code if isinstance(stop.code, int) else OK
+
+
+@contextmanager
+def _termination_cleans_up() -> Iterator[None]:
+    """Let SIGTERM end the process as an exception does, so that no half-written file is left."""
+
+    def stop(*_signal: Any) -> NoReturn:
+        raise SystemExit(TERMINATED)
+
+    if threading.current_thread() is not threading.main_thread():  # only there may signals be handled
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _parser() -> Parser:
@@ -80,7 +117,6 @@ def _version() -> str:
 
 
 def _line(error: Exception) -> str:
-    message = " ".join(str(error).split())
     if isinstance(error, RescompressError):
-        return message
-    return f"{type(error).__name__}: {message[:300]} (unexpected; --debug shows where)"
+        return one_line(error, 2000)
+    return f"{type(error).__name__}: {one_line(error)} (unexpected; --debug shows where)"

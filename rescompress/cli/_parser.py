@@ -36,6 +36,9 @@ class Parser(argparse.ArgumentParser):
             what = "command" if isinstance(action, argparse._SubParsersAction) else action.dest
             raise argparse.ArgumentError(None, f"unknown {what} {value!r}{did_you_mean(str(value), action.choices)}")
 
+    def _print_message(self, message: str, file: Any = None) -> None:
+        console.out(message.rstrip("\n"))  # help and version; argparse's own way hides that stdout takes nothing
+
     def error(self, message: str) -> NoReturn:
         """Say what is wrong in one line and end with code 2."""
         console.error(

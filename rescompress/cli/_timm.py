@@ -7,7 +7,7 @@ from torch import nn
 
 from rescompress.cli import console, download
 from rescompress.cli.models import Loaded, Request, build, nearest, say_random
-from rescompress.errors import InputError
+from rescompress.errors import InputError, one_line
 
 _data: Any = timm.data  # half of it has no types
 
@@ -100,7 +100,7 @@ def _pretrained(name: str, config: Any, options: dict[str, Any]) -> tuple[nn.Mod
                 return timm.create_model(name, pretrained=True, **options), ""
     except Exception as error:  # a download fails in many ways, and none of them ends the run
         if download.reachable(url):
-            return None, f"the download failed: {' '.join(str(error).split())[:120]}"
+            return None, f"the download failed: {one_line(error, 120)}"
     return None, f"{download.host_of(url)} cannot be reached"
 
 

@@ -1,5 +1,6 @@
-"""Classification models of torchvision: `torchvision:vit_b_16`."""
+"""Models of torchvision: `torchvision:vit_b_16`."""
 
+import inspect
 from typing import Any
 
 from torchvision import models
@@ -8,7 +9,7 @@ from torchvision.transforms.functional import InterpolationMode
 from rescompress.cli import download
 from rescompress.cli.images import plain_preprocessing, plain_transform
 from rescompress.cli.models import Loaded, Request, build, nearest, say_random
-from rescompress.errors import InputError
+from rescompress.errors import InputError, one_line
 
 
 def load(name: str, request: Request) -> Loaded:
@@ -30,17 +31,21 @@ def load(name: str, request: Request) -> Loaded:
             raise InputError(f"{reference} takes square images only, got {request.input_size}")
         options["image_size"] = request.input_size[0]
 
+    # Models of detection and segmentation would download a backbone of their own accord.
+    takes = inspect.signature(models.get_model_builder(name)).parameters
+    backbone = {"weights_backbone": None} if "weights_backbone" in takes else {}
+
     weights, reason = "random", None
     if request.wants_pretrained:
         reason = _obstacle(default.url, options)
     if request.wants_pretrained and reason is None:
         try:
-            model = models.get_model(name, weights=default)
+            model = models.get_model(name, weights=default, **backbone)
             weights = "pretrained"
         except Exception as error:  # a download fails in many ways, and none of them ends the run
-            reason = f"the download failed: {' '.join(str(error).split())[:120]}"
+            reason = f"the download failed: {one_line(error, 120)}"
     if weights == "random":
-        model = build(reference, lambda: models.get_model(name, weights=None, **options))
+        model = build(reference, lambda: models.get_model(name, weights=None, **backbone, **options))
         if request.weights is None:
             say_random(reference, reason)
 

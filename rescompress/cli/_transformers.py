@@ -9,7 +9,7 @@ import transformers
 from rescompress.cli import download
 from rescompress.cli.images import plain_preprocessing, plain_transform
 from rescompress.cli.models import Loaded, Request, build, say_random
-from rescompress.errors import InputError
+from rescompress.errors import InputError, one_line
 from rescompress.inputs import default_input
 
 _hf: Any = transformers  # half of it has no types
@@ -34,7 +34,7 @@ def load(name: str, request: Request) -> Loaded:
         try:
             config = _hf.AutoConfig.from_pretrained(name, **labels)
         except Exception as error:
-            raise InputError(f"no Hugging Face model {name!r}: {' '.join(str(error).split())[:200]}{hint}") from error
+            raise InputError(f"no Hugging Face model {name!r}: {one_line(error, 200)}{hint}") from error
         classifier = _hf.AutoModelForImageClassification
         classifies = type(config) in classifier._model_mapping
         auto = classifier if classifies else _hf.AutoModel

@@ -1,49 +1,113 @@
 """What the command line says: results on stdout, progress and messages on stderr, one line each."""
 
+import json
 import logging
+import math
+import os
 import sys
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from contextlib import contextmanager, redirect_stdout
+from typing import Any, TextIO
 
-from rescompress.errors import RescompressWarning
+from rescompress.errors import RescompressError, RescompressWarning
 
 PLAIN_WIDTH = 120
 """Columns of a table that goes to a file or a pipe, where no terminal says how wide it is."""
 
+_results: TextIO | None = None
+"""Where results go while `sys.stdout` is turned away from there; None for `sys.stdout`."""
+
 _CHATTY = ("huggingface_hub", "timm", "transformers", "urllib3", "PIL", "torch")
+
+
+class StdoutError(RescompressError):
+    """The result cannot be printed."""
 
 
 def error(message: str) -> None:
     """Print an error on stderr."""
-    print(f"error: {printable(message)}", file=sys.stderr)
+    note(f"error: {message}")
 
 
 def warning(message: str) -> None:
     """Print a warning on stderr."""
-    print(f"warning: {printable(message)}", file=sys.stderr)
+    note(f"warning: {message}")
 
 
 def note(message: str) -> None:
     """Print a line of progress on stderr."""
-    print(printable(message), file=sys.stderr, flush=True)
+    if sys.stderr is not None:  # else print would take stdout, where only results belong
+        print(printable(message), file=sys.stderr, flush=True)
 
 
 def out(text: str = "") -> None:
     """Print a line of the result on stdout."""
-    print(printable(text))
+    with _to_stdout():
+        print(printable(text), file=_results)
+
+
+def out_json(data: Any) -> None:
+    """Print plain data as JSON on stdout; numbers that JSON does not know (NaN, infinity) become null."""
+    out(json.dumps(_known_to_json(data), indent=2, allow_nan=False))
+
+
+def _known_to_json(data: Any) -> Any:
+    if isinstance(data, dict):
+        return {key: _known_to_json(value) for key, value in data.items()}
+    if isinstance(data, list | tuple):
+        return [_known_to_json(value) for value in data]
+    return None if isinstance(data, float) and not math.isfinite(data) else data
+
+
+@contextmanager
+def only_results_on_stdout() -> Iterator[None]:
+    """Turn what anybody else prints, such as the user's own model, to stderr."""
+    global _results
+    before, _results = _results, sys.stdout
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    finally:
+        _results = before
+
+
+@contextmanager
+def _to_stdout() -> Iterator[None]:
+    try:
+        yield
+    except BrokenPipeError:  # no failure: the reader has what it wanted
+        raise
+    except OSError as error:
+        raise StdoutError(f"cannot write the result to stdout: {error.strerror}; send it elsewhere") from error
+
+
+def flush() -> None:
+    """Write out what waits for stdout.
+
+    Raises:
+        StdoutError: it cannot be written.
+    """
+    with _to_stdout():
+        sys.stdout.flush()
+
+
+def drop_stdout() -> None:
+    """Send what stdout could not take nowhere; without this, Python complains again while shutting down."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def table(renderable: Any) -> None:
     """Print a rich table on stdout: in colours on a terminal, plain in a pipe or file."""
     from rich.console import Console
 
-    console = Console(file=sys.stdout, markup=False, highlight=False)
+    stdout = _results or sys.stdout
+    console = Console(file=stdout, markup=False, highlight=False)
     if not console.is_terminal:
-        console = Console(file=sys.stdout, markup=False, highlight=False, width=PLAIN_WIDTH)
-    console.print(renderable)
+        console = Console(file=stdout, markup=False, highlight=False, width=PLAIN_WIDTH)
+    with _to_stdout():
+        console.print(renderable)
 
 
 def printable(text: str) -> str:

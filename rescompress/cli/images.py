@@ -9,7 +9,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from rescompress.errors import InputError
+from rescompress.errors import InputError, one_line
 
 Transform = Callable[[Image.Image], Tensor]
 
@@ -55,7 +55,7 @@ def open_image(path: str | Path) -> Image.Image:
     except Image.DecompressionBombError as error:
         raise InputError(f"the image {path} is too large: {error}") from error
     except Exception as error:  # damaged files fail in as many ways as there are formats
-        raise InputError(f"the image {path} is damaged: {' '.join(str(error).split())[:160]}") from error
+        raise InputError(f"the image {path} is damaged: {one_line(error, 160)}") from error
 
 
 def _rgb(image: Image.Image) -> Image.Image:

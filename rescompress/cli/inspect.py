@@ -1,7 +1,6 @@
 """`rescompress inspect`: what a written file says of itself, read without loading the model."""
 
 import argparse
-import json
 from typing import Any
 
 import yaml
@@ -27,7 +26,7 @@ def run(args: argparse.Namespace) -> int:
     """Carry out the command."""
     header = read_header(args.file)
     if args.json:
-        console.out(json.dumps(header, indent=2))
+        console.out_json(header)
         return 0
     # As plain data: a spec object would import its methods, and torch with them.
     spec = header["spec"]
@@ -51,6 +50,7 @@ def _facts(header: dict[str, Any]) -> list[tuple[str, str]]:
     for given in _items(header.get("inputs")):
         facts.append(("input", f"{_mapping(given).get('dtype')} {_mapping(given).get('shape')}"))
     facts.append(("batch sizes", f"{header.get('batch_sizes_checked')} compared with the model when written"))
+    facts.append(("input sizes", str(header.get("input_sizes", "not compared when written"))))
     facts += [("reached", str(line)) for line in _items(header.get("log"))]
     for decision in _items(header.get("fold")):
         state = "folded" if _mapping(decision).get("folded") else "kept"

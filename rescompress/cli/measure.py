@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
             progress=step.update,
         )
     if args.json:
-        console.out(report.to_json(full=args.modules is not None))
+        console.out_json(report.to_dict(full=args.modules is not None))
         return 0
     console.table(report.table())
     if args.modules is not None:

@@ -13,7 +13,7 @@ from torch import nn
 from rescompress.cli import console
 from rescompress.cli.images import Transform, plain_preprocessing, plain_transform
 from rescompress.cli.weights import load_weights
-from rescompress.errors import InputError, did_you_mean
+from rescompress.errors import InputError, did_you_mean, one_line
 from rescompress.inputs import default_input
 
 _SOURCES = ("timm", "torchvision", "hf")
@@ -129,7 +129,7 @@ def _from_factory(module_name: str, attribute: str, request: Request) -> Loaded:
             raise InputError(f"unknown model source {module_name!r}{hint}") from error
         raise InputError(f"cannot import {module_name}: {error}") from error
     except Exception as error:  # the user's own code runs here
-        raise InputError(f"cannot import {module_name}: {_one_line(error)}") from error
+        raise InputError(f"cannot import {module_name}: {type(error).__name__}: {one_line(error)}") from error
     if not hasattr(module, attribute):
         raise InputError(f"{module_name} has no {attribute!r}{nearest(attribute, vars(module))}")
     made = getattr(module, attribute)
@@ -138,7 +138,7 @@ def _from_factory(module_name: str, attribute: str, request: Request) -> Loaded:
         try:
             made = made(**options)
         except Exception as error:
-            raise InputError(f"{module_name}:{attribute} failed: {_one_line(error)}") from error
+            raise InputError(f"{module_name}:{attribute} failed: {type(error).__name__}: {one_line(error)}") from error
     if not isinstance(made, nn.Module):
         raise InputError(f"{module_name}:{attribute} gives a {type(made).__name__}, not an nn.Module")
     size = request.input_size or tuple(int(side) for side in default_input(made).shape[-2:])
@@ -176,8 +176,4 @@ def build(reference: str, make: Callable[[], nn.Module]) -> nn.Module:
     try:
         return make()
     except Exception as error:  # each model checks its arguments in its own way
-        raise InputError(f"cannot build {reference}: {_one_line(error)}") from error
-
-
-def _one_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise InputError(f"cannot build {reference}: {type(error).__name__}: {one_line(error)}") from error

@@ -1,37 +1,56 @@
 """Make one spec of --scale, --spec and --set."""
 
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any
 
 import yaml
 from torch import nn
 
 from rescompress.compress import default_spec
-from rescompress.errors import SpecError
+from rescompress.errors import SpecError, one_line
 from rescompress.families import describe
 from rescompress.inputs import as_args
-from rescompress.spec import Spec, step_type_of
+from rescompress.spec import Spec, Step, check_scale, step_type_of
 
 
-def make_spec(
-    model: nn.Module, example_input: Any, *, scale: float | None, path: str | None, settings: Sequence[str]
-) -> Spec:
-    """Return the spec of a plain scale, of a file, or an empty one, changed by the settings.
+def spec_without_model(*, scale: float | None, path: str | None, settings: Sequence[str]) -> Spec | None:
+    """Return the spec of a file, or an empty one, changed by the settings; None for a scale, which needs the model.
+
+    All that can be checked without the model is checked, for building one takes long.
 
     Raises:
-        SpecError: there is nothing to do, a setting cannot be read, or the spec is wrong.
-        UnsupportedModelError: no family describes the model, so that a plain scale has no meaning.
+        SpecError: there is nothing to do, the scale is out of range, a setting cannot be read, or the spec is wrong.
     """
     if scale is None and path is None and not settings:
         raise SpecError("nothing to do: give --scale 0.5, --spec FILE.yaml or --set KIND.OPTION=VALUE")
-    if path is not None:
-        spec = Spec.load(path)
-    elif scale is not None:
-        args, kwargs = as_args(example_input)
-        spec = default_spec(describe(model, args, kwargs), scale)
-    else:
-        spec = Spec()
-    return with_settings(spec, settings)
+    if scale is None:
+        return with_settings(Spec() if path is None else Spec.load(path), settings)
+    check_scale("scale", scale)
+    steps: dict[str, dict[str, Any]] = {}
+    for setting in settings:
+        kind, option, value = _parse(setting)
+        steps.setdefault(kind, {"kind": kind})[option] = value
+    for step in steps.values():
+        try:
+            Step.from_dict(step)
+        except SpecError:
+            # It may be an option of the very step that the scale stands for.
+            if "scale" in step or "scale" not in {field.name for field in fields(step_type_of(step["kind"]))}:
+                raise
+            Step.from_dict({**step, "scale": scale})
+    return None
+
+
+def scaled_spec(model: nn.Module, example_input: Any, scale: float, settings: Sequence[str]) -> Spec:
+    """Return the spec that a plain scale stands for on this model, changed by the settings.
+
+    Raises:
+        SpecError: a setting is ambiguous, or the spec is wrong.
+        UnsupportedModelError: no family describes the model, so that a plain scale has no meaning.
+    """
+    args, kwargs = as_args(example_input)
+    return with_settings(default_spec(describe(model, args, kwargs), scale), settings)
 
 
 def with_settings(spec: Spec, settings: Sequence[str]) -> Spec:
@@ -64,4 +83,4 @@ def _parse(setting: str) -> tuple[str, str, Any]:
     try:
         return kind.strip(), option.strip(), yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise SpecError(f"--set {setting!r}: the value is not YAML: {' '.join(str(error).split())}") from error
+        raise SpecError(f"--set {setting!r}: the value is not YAML: {one_line(error)}") from error

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rescompress.errors import InputError
+from rescompress.errors import InputError, one_line
 
 _NESTED_IN = ("state_dict", "model_state_dict", "model", "module")
 _PREFIXES = ("module.", "_orig_mod.", "model.")
@@ -19,13 +19,15 @@ _LISTED = 3
 def load_weights(model: nn.Module, path: str | Path) -> None:
     """Load the state dict at `path` into `model`.
 
-    Training scripts wrap it: a dict around it, and prefixes such as `module.`, are taken off.
+    Training scripts wrap it: a dict around it, and prefixes such as `module.`, are taken off. Counters of batches,
+    which old files lack, may be missing.
 
     Raises:
         InputError: there is no such file, it is damaged or no state dict, or it belongs to another model.
     """
     state = _matching(read_state_dict(path), model)
     own = model.state_dict()
+    state = {name: own[name] for name in own if name.endswith("num_batches_tracked")} | state
     wrong = [
         f"{name} is {tuple(state[name].shape)} instead of {tuple(own[name].shape)}"
         for name in own
@@ -40,7 +42,22 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
             f"{path} holds weights of another model than this {type(model).__name__}: {', '.join(problems)}"
             f"{f' and {count - len(problems)} more' if count > len(problems) else ''}{_classes_hint(state, own)}"
         )
+    for name, tensor in state.items():
+        flaw = _flaw(tensor)
+        if flaw is not None:
+            raise InputError(f"{path} holds weights that no model can run with: {name} {flaw}")
     model.load_state_dict(state)
+
+
+def _flaw(tensor: Tensor) -> str | None:
+    if tensor.is_meta:
+        return "is on the meta device, without values"
+    if tensor.layout != torch.strided or tensor.is_quantized:
+        return "is sparse or quantized; save it as a dense tensor of floats"
+    if tensor.is_complex():
+        return f"is complex ({tensor.dtype})"
+    broken = int((~tensor.float().isfinite()).sum())
+    return f"has {broken} values of {tensor.numel()} that are NaN or infinite" if broken else None
 
 
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
@@ -73,23 +90,37 @@ def _read_safetensors(path: Path) -> Any:
     try:
         return load_file(path)
     except (SafetensorError, OSError, ValueError) as error:
-        raise InputError(f"{path} is damaged or not a safetensors file: {_one_line(error)}") from error
+        raise InputError(f"{path} is damaged or not a safetensors file: {one_line(error, 160)}") from error
 
 
 def _read_torch(path: Path) -> Any:
+    if _is_torchscript(path):
+        raise InputError(
+            f"{path} is a TorchScript program, not a state dict; write one with "
+            "torch.save(torch.jit.load(file).state_dict(), other_file)"
+        )
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise InputError(f"cannot read the weights {path}: {error.strerror or error}") from error
-    except pickle.UnpicklingError as error:
-        if zipfile.is_zipfile(path):  # whole, so the content is refused, not the file
+    except Exception as error:  # a damaged pickle fails in any way
+        # torch's own words are left out: they advise to let the file run code.
+        if isinstance(error, pickle.UnpicklingError) and zipfile.is_zipfile(path):  # whole, so the content is refused
             raise InputError(
                 f"{path} holds Python objects besides tensors and is not loaded, since that could run code; "
                 "save model.state_dict() alone"
             ) from error
-        raise InputError(f"{path} is damaged or not a file of torch.save: {_one_line(error)}") from error
-    except Exception as error:  # a damaged pickle fails in any way
-        raise InputError(f"{path} is damaged or not a file of torch.save: {_one_line(error)}") from error
+        raise InputError(
+            f"{path} is damaged or not a file of torch.save; write one with torch.save(model.state_dict(), file)"
+        ) from error
+
+
+def _is_torchscript(path: Path) -> bool:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(name.endswith("/constants.pkl") for name in archive.namelist())
+    except (OSError, zipfile.BadZipFile):  # said by torch.load, or a file of an old torch.save
+        return False
 
 
 def _matching(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
@@ -112,7 +143,3 @@ def _classes_hint(state: dict[str, Tensor], own: Mapping[str, Tensor]) -> str:
     classes = {int(state[name].shape[0]) for name in different if state[name].ndim > 0}
     rest_fits = all(state[name].shape[1:] == own[name].shape[1:] for name in different)
     return f"; give --num-classes {classes.pop()}" if len(classes) == 1 and rest_fits else ""
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:160] or type(error).__name__

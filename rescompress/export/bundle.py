@@ -9,7 +9,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-from rescompress.errors import ExportError, InputError, SpecError
+from rescompress.errors import ExportError, InputError, SpecError, one_line
 from rescompress.export import protobuf
 from rescompress.spec import Spec
 
@@ -27,9 +27,10 @@ def header_text(header: dict[str, Any]) -> str:
     """
     try:
         text = json.dumps({"header_schema": HEADER_SCHEMA, **header}, allow_nan=False)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise ExportError(
-            f"the report or labels cannot be written as JSON: {error}; give plain numbers and strings"
+            f"the report, labels or preprocessing cannot be written as JSON: {one_line(error)}; give plain numbers and "
+            "strings"
         ) from error
     if len(text.encode()) > MAX_HEADER_BYTES:
         raise ExportError(
@@ -54,11 +55,11 @@ def read_header(path: str | Path) -> dict[str, Any]:
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror or error}") from error
     except Exception as error:  # zipfile checks little of what it reads, so a damaged file fails in any way
-        raise InputError(f"{path} is damaged or not a file that rescompress wrote: {_one_line(error)}") from error
+        raise InputError(f"{path} is damaged or not a file that rescompress wrote: {one_line(error, 200)}") from error
     try:
         header = json.loads(data.decode("utf-8"))
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is damaged: its header is not JSON ({_one_line(error)})") from error
+        raise InputError(f"{path} is damaged: its header is not JSON ({one_line(error, 200)})") from error
     if not isinstance(header, dict) or not isinstance(header.get("spec"), dict):
         raise InputError(f"{path} is damaged: its header holds no spec")
     schema = header.get("header_schema")
@@ -77,8 +78,8 @@ def read_spec(path: str | Path) -> Spec:
     """
     try:
         return Spec.from_dict(read_header(path)["spec"])
-    except SpecError as error:
-        raise InputError(f"{path} holds a spec that cannot be read: {error}") from error
+    except (SpecError, RecursionError) as error:
+        raise InputError(f"{path} holds a spec that cannot be read: {one_line(error)}") from error
 
 
 def _header_bytes(path: Path) -> bytes:
@@ -118,7 +119,3 @@ def _from_onnx(path: Path) -> bytes:
     if len(found) > 1:
         raise InputError(f"{path} is damaged: it has {len(found)} headers")
     return found[0]
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -10,7 +10,7 @@ from torch.export import Dim, ExportedProgram, export
 from torch.utils._pytree import tree_map
 
 from rescompress.errors import ExportError, RescompressWarning
-from rescompress.export.checking import Case, check, is_image, one_line, quietly
+from rescompress.export.checking import Case, check, is_image, quietly, reason
 from rescompress.export.prepare import Prepared
 
 
@@ -35,7 +35,7 @@ def write_captured(
                 program, made_by = _capture(prepared, dynamic, cases)
                 write(program, {"made_by": made_by, "dynamic": dynamic, **_checked(cases)}, cases)
         except Exception as error:  # torch's exporters raise anything, and a program of fixed sizes may still work
-            failures.append(f"with dynamic={dynamic!r}: {one_line(error)}")
+            failures.append(f"with dynamic={dynamic!r}: {reason(error)}")
             continue
         if dynamic != prepared.dynamic:
             why = failures[0] if failures else "the model itself takes no other"
@@ -79,7 +79,7 @@ def _capture(prepared: Prepared, dynamic: str, cases: list[Case]) -> tuple[Expor
                 check(program.module(), cases)
                 return program, f"torch.export, strict={strict}"
             except Exception as error:  # see write_captured
-                failures.append(one_line(error))
+                failures.append(reason(error))
     raise ExportError("; ".join(dict.fromkeys(failures)))
 
 

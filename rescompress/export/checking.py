@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from rescompress.errors import ExportError, InputError, RescompressError
+from rescompress.errors import ExportError, InputError, RescompressError, one_line
 from rescompress.inputs import Args, batch_size_of, tensors_of, with_batch
 
 TOLERANCE = {torch.float64: 1e-7, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
@@ -56,17 +56,25 @@ def expected_outputs(model: nn.Module, inputs: Args, dynamic: str) -> list[Case]
     """Run the model on its example, which comes first, and on other batch and image sizes if it takes them.
 
     Raises:
-        ExportError: it does not run on its example, or no other image size where `dynamic` asks for that.
+        ExportError: it does not run on its example or gives no number there, or takes no other image size where
+            `dynamic` asks for that.
     """
     try:
         batch = batch_size_of(inputs)
     except InputError:  # a list of tensors, say: what the file need do is then the example alone
         batch = None
+    if batch == 0:
+        raise ExportError("the example input is empty (batch size 0), so nothing can be compared; give one image")
     try:
         cases = [Case(f"batch size {batch}", batch, inputs, run(model, inputs))]
     except Exception as error:  # the model's own code runs here
-        raise ExportError(f"{type(model).__name__} does not run on the example input: {one_line(error)}") from error
-    if dynamic == "none" or batch is None or batch == 0:
+        raise ExportError(f"{type(model).__name__} does not run on the example input: {reason(error)}") from error
+    if not any(leaf.isfinite().any() for leaf in tensors_of(cases[0].outputs)):
+        raise ExportError(
+            f"{type(model).__name__} gives no finite number on the example input, so nothing can be compared; check "
+            "its weights, or give another example"
+        )
+    if dynamic == "none" or batch is None:
         return cases
     for other in dict.fromkeys((batch + 2, 1)):
         resized = with_batch(inputs, other)
@@ -84,19 +92,30 @@ def _other_sizes(model: nn.Module, inputs: Args, batch: int) -> list[Case]:
             "dynamic='size' asks for any image size, and no input is an image (batch, channels, height, width); "
             "write with dynamic='batch'"
         )
-    found: list[Case] = []
-    for sides in OTHER_SIZES:
-        resized = with_size(inputs, batch, sides)
-        outputs = _run_or_none(model, resized)
-        if outputs is not None:
-            found.append(Case(f"inputs of {_shapes(resized)}", batch, resized, outputs))
-        if len(found) == MOST_OTHER_SIZES:
-            break
+    found = at_other_sizes(model, inputs)
     if not found:
         raise ExportError(
             f"dynamic='size' asks for any image size, and this {type(model).__name__} itself takes none but that of "
             f"its example ({_shapes(inputs)}); write it with dynamic='batch', or build it for other sizes"
         )
+    return found
+
+
+def at_other_sizes(model: nn.Module, inputs: Args) -> list[Case]:
+    """Run the model on images of other sizes, as far as it takes them; none where the inputs are no images."""
+    try:
+        batch = batch_size_of(inputs)
+    except InputError:
+        return []
+    found: list[Case] = []
+    if any(is_image(tensor, batch) for tensor in tensors_of(inputs)):
+        for sides in OTHER_SIZES:
+            resized = with_size(inputs, batch, sides)
+            outputs = _run_or_none(model, resized)
+            if outputs is not None:
+                found.append(Case(f"inputs of {_shapes(resized)}", batch, resized, outputs))
+            if len(found) == MOST_OTHER_SIZES:
+                break
     return found
 
 
@@ -201,9 +220,6 @@ def quietly() -> Iterator[None]:
                 logger.disabled = disabled
 
 
-def one_line(error: BaseException) -> str:
-    """Return the telling lines of an error: those of torch's compilers stand before pages of source."""
-    if isinstance(error, RescompressError):  # one line already, and it needs no name
-        return str(error)
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {' '.join(lines[:2])[:300]}" if lines else type(error).__name__
+def reason(error: BaseException) -> str:
+    """Return class and beginning of an error: in those of torch's compilers, the telling lines stand before source."""
+    return str(error) if isinstance(error, RescompressError) else f"{type(error).__name__}: {one_line(error)}"

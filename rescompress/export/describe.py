@@ -1,7 +1,7 @@
 """What a header says of a model: its spec, inputs, preprocessing, weights and the versions that wrote it."""
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import metadata
 from typing import Any
 
@@ -46,8 +46,16 @@ def describe_inputs(inputs: Args) -> list[dict[str, Any]]:
 
 
 def describe_preprocessing(model: nn.Module, given: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """Return how an image becomes an input: as given, else from a timm model's own config, else None."""
+    """Return how an image becomes an input: as given, else from a timm model's own config, else None.
+
+    Raises:
+        ExportError: what is given is no mapping.
+    """
     if given is not None:
+        if not isinstance(given, Mapping):
+            raise ExportError(
+                f"preprocessing must be a dict such as {{'mean': [...], 'std': [...]}}, got {_shown(given)}"
+            )
         return dict(given)
     config = _config_of(model)
     if "mean" not in config or "std" not in config:
@@ -77,11 +85,13 @@ def describe_labels(labels: Sequence[str] | None) -> list[str] | None:
     """Return the class names as a list.
 
     Raises:
-        ExportError: they are one string instead of several.
+        ExportError: they are no sequence, or one string instead of several.
     """
-    if isinstance(labels, str):
-        raise ExportError(f"labels must be a sequence of class names, got the string {labels[:40]!r}")
-    return None if labels is None else [str(label) for label in labels]
+    if labels is None:
+        return None
+    if isinstance(labels, str | bytes | Mapping) or not isinstance(labels, Iterable):
+        raise ExportError(f"labels must be a sequence of class names such as ['cat', 'dog'], got {_shown(labels)}")
+    return [str(label) for label in labels]
 
 
 def describe_report(report: Any) -> dict[str, Any] | None:
@@ -96,6 +106,10 @@ def describe_report(report: Any) -> dict[str, Any] | None:
     if not isinstance(data, Mapping):
         raise ExportError(f"report must be what measure or compare returned, or a dict; got {type(report).__name__}")
     return dict(data)
+
+
+def _shown(value: Any) -> str:
+    return f"the {type(value).__name__} {repr(value)[:40]}"
 
 
 def _config_of(model: nn.Module) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from torch.fx import Node
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from rescompress import surgery
-from rescompress.export.checking import Case, check, one_line, quietly
+from rescompress.export.checking import Case, check, quietly, reason
 
 _CONVS = (torch.ops.aten.conv2d.default, torch.ops.aten.conv2d.padding)
 _NORM = torch.ops.aten.batch_norm.default
@@ -50,7 +50,7 @@ def fuse(model: nn.Module, cases: list[Case]) -> tuple[nn.Module, Fusion]:
                 _fuse_pair(fused, conv, norm)
             check(fused, cases)
     except Exception as error:  # torch.export and the host's own code raise anything; unfused the model is as right
-        return model, Fusion((), f"left as it is: {one_line(error)}")
+        return model, Fusion((), f"left as it is: {reason(error)}")
     if not pairs:
         return model, Fusion((), "no batch norm follows a convolution alone")
     return fused, Fusion(tuple(pairs), None)

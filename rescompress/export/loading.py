@@ -9,7 +9,7 @@ from torch import nn
 
 from rescompress.errors import InputError, RescompressError
 from rescompress.export.bundle import read_header
-from rescompress.export.checking import one_line
+from rescompress.export.checking import reason
 from rescompress.spec import Spec
 
 _MODULES = {"torchscript": "torchscript", "torch.export": "program", "onnx": "onnx", "aotinductor": "package"}
@@ -61,5 +61,5 @@ def open_file(path: str | Path, device: str | None = None) -> LoadedProgram:
     except RescompressError:
         raise
     except Exception as error:  # torch's loaders raise anything on what is not what they wrote
-        raise InputError(f"{path} is damaged or was not written by rescompress: {one_line(error)}") from error
+        raise InputError(f"{path} is damaged or was not written by rescompress: {reason(error)}") from error
     return LoadedProgram(program, header)

@@ -12,7 +12,8 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from rescompress.errors import ExportError, did_you_mean
 from rescompress.export import describe
-from rescompress.export.checking import DYNAMIC, Case, expected_outputs, one_line, quietly
+from rescompress.export.bundle import header_text
+from rescompress.export.checking import DYNAMIC, Case, expected_outputs, quietly, reason
 from rescompress.export.fuse import fuse
 from rescompress.fold import fold, fold_decisions
 from rescompress.inputs import Args, as_args, default_input
@@ -24,12 +25,14 @@ class Prepared:
 
     Attributes:
         model: in evaluation mode, folded and fused; its weights are shared with the user's model where nothing changed
+        original: the user's model in evaluation mode, neither folded nor fused
         cases: the user's model run on its example, which comes first, and on other sizes
         dynamic: which sides the program must take at any length, one of `DYNAMIC`
         header: what is known before the format adds its part
     """
 
     model: nn.Module
+    original: nn.Module
     cases: list[Case]
     dynamic: str
     header: dict[str, Any]
@@ -60,6 +63,12 @@ def prepare(
         raise ExportError(f"dynamic must be one of {', '.join(map(repr, DYNAMIC))}, got {dynamic!r}{_hint(dynamic)}")
     _refuse_what_cannot_be_saved(model)
     inputs = as_args(default_input(model) if example_input is None else example_input)
+    given = {
+        "preprocessing": describe.describe_preprocessing(model, preprocessing),
+        "labels": describe.describe_labels(labels),
+        "report": describe.describe_report(report),
+    }
+    header_text(given)  # refused before the long work
     with quietly():
         subject = _frozen_view(model)
         cases = expected_outputs(subject, inputs, dynamic)
@@ -72,14 +81,12 @@ def prepare(
         "inputs": describe.describe_inputs(inputs),
         "batch_sizes_checked": list(dict.fromkeys(case.batch for case in cases)),
         "shapes_checked": [case.shapes for case in cases],
-        "preprocessing": describe.describe_preprocessing(model, preprocessing),
-        "labels": describe.describe_labels(labels),
         "fold": folding,
         "fused": None if fusion is None else dataclasses.asdict(fusion),
         "versions": describe.describe_versions(model),
-        "report": describe.describe_report(report),
+        **given,
     }
-    return Prepared(deployed, cases, dynamic, header)
+    return Prepared(deployed, subject, cases, dynamic, header)
 
 
 def _hint(dynamic: Any) -> str:
@@ -92,6 +99,8 @@ def _refuse_what_cannot_be_saved(model: nn.Module) -> None:
         raise ExportError("the model is TorchScript already; torch.jit.save writes it")
     tensors: list[tuple[str, Any]] = [*model.named_parameters(), *model.named_buffers()]
     for name, tensor in tensors:
+        if tensor.is_meta:
+            raise ExportError(f"{name} is on the meta device, where tensors have no values; load the weights first")
         if is_traceable_wrapper_subclass(tensor):
             # torch.jit.save can end the whole process on one of these, and torch.export.save pickles them.
             raise ExportError(
@@ -107,7 +116,7 @@ def _frozen_view(model: nn.Module) -> nn.Module:
     try:
         return copy.deepcopy(model, memo).eval()
     except Exception as error:  # foreign classes decide how they are copied
-        raise ExportError(f"{type(model).__name__} cannot be copied: {one_line(error)}") from error
+        raise ExportError(f"{type(model).__name__} cannot be copied: {reason(error)}") from error
 
 
 def _folded(model: nn.Module, inputs: Args) -> tuple[nn.Module, list[dict[str, Any]]]:

@@ -1,14 +1,15 @@
 """Write a model as TorchScript: compiled if possible, traced if not, loaded again and compared before it counts."""
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from rescompress.errors import ExportError
+from rescompress.errors import ExportError, RescompressWarning
 from rescompress.export.bundle import HEADER_NAME, header_text
-from rescompress.export.checking import check, one_line, quietly
+from rescompress.export.checking import Case, at_other_sizes, check, quietly, reason
 from rescompress.export.paths import replacing
 from rescompress.export.prepare import Prepared
 from rescompress.export.untrusted import check_archive, check_script
@@ -17,10 +18,32 @@ FORMAT = "torchscript"
 
 
 def write(prepared: Prepared, path: Path) -> None:
-    """Compile, save, load and compare; where that fails, trace, save, load and compare; then put it at `path`.
+    """Write the program, load it again, compare it with the model, and put it at `path`.
+
+    Where it computes what the model does at the example's image size alone, the header and a warning say so.
 
     Raises:
         ExportError: no program can be made of the model, or it computes something else.
+    """
+    with replacing(path) as new:
+        with quietly():
+            others = at_other_sizes(prepared.original, prepared.inputs)
+            one_size = _write_checked(prepared, others, new)
+        if one_size and others and prepared.dynamic != "none":
+            # Before the file takes its place: where warnings are errors, the older file must stay.
+            warnings.warn(
+                f"{path} is for the image size of the example input alone: at others the program does not compute "
+                "what the model does; write one file for each size",
+                RescompressWarning,
+                stacklevel=4,
+            )
+
+
+def _write_checked(prepared: Prepared, others: list[Case], path: Path) -> bool:
+    """Compile, save, load and compare; where that fails, trace, save, load and compare.
+
+    Returns:
+        Whether the program is right at the example's image size alone.
     """
     model, inputs = prepared.model, prepared.inputs
     makers: dict[str, Callable[[], Any]] = {
@@ -37,20 +60,35 @@ def write(prepared: Prepared, path: Path) -> None:
     }
     if inputs[0] and inputs[1]:
         del makers["trace"]  # it takes positional or keyword arguments, not both
-    dynamic = prepared.dynamic if len(prepared.cases) > 1 else "none"
-    failures = []
-    with replacing(path) as new, quietly():
-        for made_by, make in makers.items():
-            text = header_text({"format": FORMAT, "made_by": made_by, "dynamic": dynamic, **prepared.header})
-            try:
-                with torch.no_grad():
-                    program = make()
-                torch.jit.save(program, str(new), _extra_files={HEADER_NAME: text})
-                check(open_program(new), prepared.cases)
-                return
-            except Exception as error:  # the compiler raises anything, and another way of writing may still work
-                failures.append(f"torch.jit.{made_by}: {one_line(error)}")
-        raise ExportError(f"no TorchScript file can be made of this {type(model).__name__}: {'; '.join(failures)}")
+    failures: list[str] = []
+    for made_by, make in makers.items():
+        try:
+            with torch.no_grad():
+                program = make()
+            # The compiler keeps what depends on the size; where the model takes no other, a trace cannot be judged.
+            one_size = not _agrees(program, others) or (made_by == "trace" and not others)
+            header = {
+                "format": FORMAT,
+                "made_by": made_by,
+                "made_by_because": failures,
+                "dynamic": prepared.dynamic if len(prepared.cases) > 1 else "none",
+                "input_sizes": "fixed" if one_size else "as the model takes them",
+                **prepared.header,
+            }
+            torch.jit.save(program, str(path), _extra_files={HEADER_NAME: header_text(header)})
+            check(open_program(path), prepared.cases)
+            return one_size
+        except Exception as error:  # the compiler raises anything, and another way of writing may still work
+            failures.append(f"torch.jit.{made_by}: {reason(error)}")
+    raise ExportError(f"no TorchScript file can be made of this {type(model).__name__}: {'; '.join(failures)}")
+
+
+def _agrees(program: Any, cases: list[Case]) -> bool:
+    try:
+        check(program, cases)
+    except Exception:  # it differs, or does not run at all
+        return False
+    return True
 
 
 def open_program(path: Path, device: str | None = None) -> Any:

@@ -8,7 +8,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from rescompress.anatomy import Anatomy
 from rescompress.errors import UnsupportedModelError
@@ -40,6 +41,21 @@ class Family:
 def class_names(thing: object) -> tuple[str, ...]:
     """Return the dotted names of a thing's class and base classes, nearest first."""
     return tuple(f"{base.__module__}.{base.__qualname__}" for base in type(thing).__mro__)
+
+
+def image_of(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """Return the batch of images among a model's arguments: the first tensor (B, C, H, W).
+
+    Raises:
+        UnsupportedModelError: there is none.
+    """
+    for leaf in tree_leaves((args, kwargs)):
+        if isinstance(leaf, Tensor) and leaf.ndim == 4:
+            return leaf
+    raise UnsupportedModelError(
+        f"the example input of this {type(model).__name__} holds no batch of images (B, C, H, W); give one as "
+        "example_input, a tensor or a tuple of arguments"
+    )
 
 
 _registered: list[Family] = []

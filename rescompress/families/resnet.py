@@ -10,7 +10,7 @@ from torch import nn
 from rescompress import surgery
 from rescompress.anatomy import ConvAnatomy
 from rescompress.errors import UnsupportedModelError
-from rescompress.families._base import Family
+from rescompress.families._base import Family, image_of
 
 
 def describe(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ConvAnatomy:
@@ -20,7 +20,7 @@ def describe(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     conv = surgery.get(model, fqn)
     if not isinstance(conv, nn.Conv2d):
         raise UnsupportedModelError(f"{fqn!r} of {type(model).__name__} is a {type(conv).__name__}, not a convolution")
-    height, width = args[0].shape[-2:]
+    height, width = image_of(model, args, kwargs).shape[-2:]
     return ConvAnatomy(
         family=FAMILY.name,
         input_size=(height, width),

@@ -10,7 +10,7 @@ from torch import nn
 from rescompress import surgery
 from rescompress.anatomy import GridAttribute, ViTAnatomy, cells
 from rescompress.errors import UnsupportedModelError
-from rescompress.families._base import Family, class_names
+from rescompress.families._base import Family, class_names, image_of
 
 TIMM = "timm.models.vision_transformer.VisionTransformer"
 TORCHVISION = "torchvision.models.vision_transformer.VisionTransformer"
@@ -18,7 +18,7 @@ TORCHVISION = "torchvision.models.vision_transformer.VisionTransformer"
 
 def describe(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ViTAnatomy:
     """Read the parts off the model's own attributes."""
-    height, width = args[0].shape[-2:]
+    height, width = image_of(model, args, kwargs).shape[-2:]
     return (_describe_timm if TIMM in class_names(model) else _describe_torchvision)(model, (height, width))
 
 
@@ -50,7 +50,9 @@ def _describe_timm(model: Any, input_size: tuple[int, int]) -> ViTAnatomy:
             GridAttribute(name="patch_embed.grid_size", holds="grid"),
             GridAttribute(name="patch_embed.num_patches", holds="num_tokens"),
         ),
+        grid_method="patch_embed.dynamic_feat_size",
         fixed_input=bool(model.patch_embed.strict_img_size),
+        size_check="patch_embed.strict_img_size",
         norm="norm",
         mean_pooled=model.attn_pool is None and model.global_pool == "avg" and not model.pool_include_prefix,
         **_sequence("blocks", model.blocks, grid),

@@ -3,7 +3,7 @@
 Bolya et al., "Token Merging: Your ViT But Faster", https://arxiv.org/abs/2210.09461, written from the paper.
 """
 
-from typing import Any, Optional, Tuple  # noqa: UP035  TorchScript reads these
+from typing import Any, Optional, Self, Tuple  # noqa: UP035  TorchScript reads these
 
 import torch
 from torch import Tensor, nn
@@ -95,7 +95,35 @@ class MergeMultiheadAttention(nn.Module):
         return self.out_proj(x.transpose(1, 2).reshape(B, N, C)), k.mean(dim=1)
 
 
-class TimmMergeBlock(nn.Module):
+class _MergeBlock(nn.Module):
+    """What the merging blocks have in common: how many pairs they merge, and whether sizes travel with the tokens."""
+
+    __constants__ = ["num_prefix_tokens", "r", "size_comes_in", "size_goes_out"]
+
+    @classmethod
+    def from_block(
+        cls, block: nn.Module, r: int, num_prefix_tokens: int, size_comes_in: bool, size_goes_out: bool
+    ) -> Self:
+        """Build from the block to be replaced; its children are adopted, not copied."""
+        new = cls(block)
+        new.r = r
+        new.num_prefix_tokens = num_prefix_tokens
+        new.size_comes_in = size_comes_in
+        new.size_goes_out = size_goes_out
+        return new.train(block.training)
+
+    def __init__(self, block: Any) -> None:
+        super().__init__()
+        self.r: int = 0
+        self.num_prefix_tokens: int = 0
+        self.size_comes_in: bool = False
+        self.size_goes_out: bool = False
+
+    def extra_repr(self) -> str:
+        return f"r={self.r}"
+
+
+class TimmMergeBlock(_MergeBlock):
     """timm's pre-norm block with merging: LayerScale, qk-norm, gates and drop-path are the old block's own.
 
     Shape:
@@ -106,21 +134,8 @@ class TimmMergeBlock(nn.Module):
         RuntimeError: in forward, when the host passes an attention mask, which has no meaning for merged tokens.
     """
 
-    __constants__ = ["num_prefix_tokens", "r", "size_goes_out", "size_comes_in"]
-
-    @classmethod
-    def from_block(
-        cls, block: nn.Module, r: int, num_prefix_tokens: int, size_comes_in: bool, size_goes_out: bool
-    ) -> "TimmMergeBlock":
-        """Build from `timm.models.vision_transformer.Block`; its children are adopted, not copied."""
-        return cls(block, r, num_prefix_tokens, size_comes_in, size_goes_out).train(block.training)
-
-    def __init__(self, block: Any, r: int, num_prefix_tokens: int, size_comes_in: bool, size_goes_out: bool) -> None:
-        super().__init__()
-        self.r: int = r
-        self.num_prefix_tokens: int = num_prefix_tokens
-        self.size_comes_in: bool = size_comes_in
-        self.size_goes_out: bool = size_goes_out
+    def __init__(self, block: Any) -> None:
+        super().__init__(block)
         # In the order of the old block, so that state dicts list the same names in the same order.
         self.norm1: nn.Module = block.norm1
         self.attn = MergeAttention.from_attention(block.attn)
@@ -146,11 +161,8 @@ class TimmMergeBlock(nn.Module):
             x = pack_size(x, size)
         return x
 
-    def extra_repr(self) -> str:
-        return f"r={self.r}"
 
-
-class TorchvisionMergeBlock(nn.Module):
+class TorchvisionMergeBlock(_MergeBlock):
     """torchvision's encoder block with merging.
 
     Shape:
@@ -158,21 +170,8 @@ class TorchvisionMergeBlock(nn.Module):
         - Output: (B, P + N - r, C), or with C + 1 channels
     """
 
-    __constants__ = ["num_prefix_tokens", "r", "size_goes_out", "size_comes_in"]
-
-    @classmethod
-    def from_block(
-        cls, block: nn.Module, r: int, num_prefix_tokens: int, size_comes_in: bool, size_goes_out: bool
-    ) -> "TorchvisionMergeBlock":
-        """Build from `torchvision.models.vision_transformer.EncoderBlock`; its children are adopted, not copied."""
-        return cls(block, r, num_prefix_tokens, size_comes_in, size_goes_out).train(block.training)
-
-    def __init__(self, block: Any, r: int, num_prefix_tokens: int, size_comes_in: bool, size_goes_out: bool) -> None:
-        super().__init__()
-        self.r: int = r
-        self.num_prefix_tokens: int = num_prefix_tokens
-        self.size_comes_in: bool = size_comes_in
-        self.size_goes_out: bool = size_goes_out
+    def __init__(self, block: Any) -> None:
+        super().__init__(block)
         self.ln_1: nn.Module = block.ln_1
         self.self_attention = MergeMultiheadAttention.from_attention(block.self_attention)
         self.dropout: nn.Module = block.dropout
@@ -191,9 +190,6 @@ class TorchvisionMergeBlock(nn.Module):
         if self.size_goes_out and size is not None:
             x = pack_size(x, size)
         return x
-
-    def extra_repr(self) -> str:
-        return f"r={self.r}"
 
 
 class MeanOfMerged(Wrapped):

@@ -70,6 +70,8 @@ def phases_of_scale(scale: float, mode: str, antialias: bool) -> Phases:
         return IDENTITY
     ratio = Fraction(scale).limit_denominator(MAX_DENOMINATOR)
     p, q = ratio.numerator, ratio.denominator
+    if p == 0:
+        raise NotPeriodicError(f"scale {scale} is too near to 0: the smallest that is folded is 1/{MAX_DENOMINATOR}")
     if abs(scale - p / q) > 1e-14:
         raise NotPeriodicError(
             f"scale {scale} is no ratio of whole numbers up to {MAX_DENOMINATOR}; the nearest is {ratio}"
@@ -85,7 +87,7 @@ def phases_of_scale(scale: float, mode: str, antialias: bool) -> Phases:
         return _phases(p, q, scale, mode, antialias, lengths=[blocks * q], multiple=q)
     most = 0
     if mode == "nearest":
-        _check_nearest(p, q, scale)
+        _check_nearest(p, q, MAX_SIDE, scale)
         most = MAX_SIDE if p > 1 else 0
     return _phases(p, q, scale, mode, antialias, lengths=range(blocks * q, (blocks + 1) * q), most=most)
 
@@ -105,6 +107,8 @@ def phases_of_size(length: int, size: int, mode: str, antialias: bool) -> Phases
     p, q = ratio.numerator, ratio.denominator
     if q > MAX_DENOMINATOR:
         raise NotPeriodicError(f"{size}/{length} is no ratio of whole numbers up to {MAX_DENOMINATOR}")
+    if mode == "nearest":
+        _check_nearest(p, q, length, None)
     return _phases(p, q, None, mode, antialias, lengths=[length], only=length)
 
 
@@ -153,7 +157,7 @@ def _phases(
         head = max([head, *(row + 1 for row in bad if row < half)])
         tail = max([tail, *(real.shape[0] - row for row in bad if row >= half)])
     if head + tail > 0 and mode in ("nearest", "area"):
-        raise NotPeriodicError(f"{mode} at {p}/{q} does not repeat: float32 rounding moves some of its samples")
+        raise NotPeriodicError(f"{mode} at {p}/{q} does not repeat: rounding moves some of its samples")
     if only == 0 and max(head, tail) > middle * p:
         raise NotPeriodicError(f"{mode} at {p}/{q} does not repeat")
     return Phases(p, q, first, weights, head, tail, lengths, only, multiple, most)
@@ -168,15 +172,24 @@ def _ideal(outputs: int, length: int, p: int, q: int, first: int, weights: Tenso
     return matrix.scatter_add_(1, columns.clamp(0, length - 1), weights[rows % p] * valid)
 
 
-def _check_nearest(p: int, q: int, scale: float) -> None:
-    """Compare every sample of nearest, which `F.interpolate` finds in float32, with floor(j * q / p)."""
-    index = torch.arange(MAX_SIDE, dtype=torch.float64)[None, None, None]
-    real = F.interpolate(index, scale_factor=(1.0, scale), mode="nearest").flatten().long()
-    ideal = torch.arange(real.numel()) * q // p
-    wrong = (real != ideal).nonzero().flatten()
-    if wrong.numel() > 0:
-        at = int(wrong[0])
-        raise NotPeriodicError(
-            f"nearest at {p}/{q} does not repeat: by float32 rounding, output {at} takes input {int(real[at])} "
-            f"instead of {int(ideal[at])}"
-        )
+def _check_nearest(p: int, q: int, length: int, scale: float | None) -> None:
+    """Compare every sample that nearest takes of `length` pixels with floor(j * q / p).
+
+    `F.interpolate` finds its samples in float32, except for large float64 maps on the CPU.
+    """
+    for dtype in (torch.float32, torch.float64):
+        # Rows are repeated to make the map large whatever its length.
+        index = torch.arange(length, dtype=dtype).expand(1, 1, max(1, MAX_SIDE // length), -1).contiguous()
+        if scale is None:
+            out = F.interpolate(index, size=(index.shape[2], length * p // q), mode="nearest")
+        else:
+            out = F.interpolate(index, scale_factor=(1.0, scale), mode="nearest")
+        real = out[0, 0, 0].long()
+        ideal = torch.arange(real.numel()) * q // p
+        wrong = (real != ideal).nonzero().flatten()
+        if wrong.numel() > 0:
+            at = int(wrong[0])
+            raise NotPeriodicError(
+                f"nearest at {p}/{q} does not repeat: by {str(dtype).removeprefix('torch.')} rounding, output {at} "
+                f"takes input {int(real[at])} instead of {int(ideal[at])}"
+            )

@@ -19,10 +19,8 @@ class TokenPool2d(nn.Module):
         - Input: (B, P + H * W, C), P prefix tokens before an H x W grid in row-major order
         - Output: (B, P + (H // stride[0]) * (W // stride[1]), C)
 
-    For an image of another size than the grid was made for, the grid is taken to have the same aspect ratio.
-
     Raises:
-        RuntimeError: in forward, when the tokens do not form such a grid or the stride does not divide it.
+        RuntimeError: in forward, when the number of tokens is not that of the grid.
     """
 
     __constants__ = ["grid", "mode", "num_prefix_tokens", "stride"]
@@ -48,13 +46,7 @@ class TokenPool2d(nn.Module):
         patches = x[:, self.num_prefix_tokens :]
         height, width = self.grid[0], self.grid[1]
         if patches.shape[1] != height * width:
-            height = int(round((patches.shape[1] * self.grid[0] / self.grid[1]) ** 0.5))  # noqa: RUF046  a float in TorchScript
-            width = patches.shape[1] // max(1, height)
-        if height * width != patches.shape[1] or height % self.stride[0] != 0 or width % self.stride[1] != 0:
-            raise RuntimeError(
-                f"token_pool cannot pool {patches.shape[1]} tokens: it was made for a {self.grid} grid "
-                f"and stride {self.stride}"
-            )
+            raise RuntimeError(f"token_pool was made for a {self.grid} grid, and got {patches.shape[1]} patch tokens")
         planes = patches.transpose(1, 2).reshape(x.shape[0], x.shape[2], height, width)
         if self.mode == "max":
             planes = F.max_pool2d(planes, self.stride, self.stride)

@@ -83,14 +83,30 @@ class PatchConv2d(ResizedConv2d):
         if not isinstance(new, cls):  # from_conv is a constructor of cls; this tells the type checker
             raise TypeError(f"{type(new).__name__} is no {cls.__name__}")
         new.kernel_size = new.stride = patch_size
+        old_size = (conv.weight.shape[2], conv.weight.shape[3])
+        new.earlier_sizes = (*conv.earlier_sizes, old_size) if isinstance(conv, PatchConv2d) else (old_size,)
         kernel = resample_patch_kernel(conv.weight.detach(), patch_size)
         new.weight = nn.Parameter(kernel, requires_grad=conv.weight.requires_grad)
         return new
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.earlier_sizes: tuple[Grid, ...] = ()
+
+    def _resample(self, kernel: Tensor) -> Tensor:
+        """Resample a kernel by the way that this one has come, from where its size stands on that way."""
+        size, own = (kernel.shape[2], kernel.shape[3]), (self.weight.shape[2], self.weight.shape[3])
+        if size == own:
+            return kernel
+        start = self.earlier_sizes.index(size) + 1 if size in self.earlier_sizes else len(self.earlier_sizes)
+        for step in (*self.earlier_sizes[start:], own):
+            kernel = resample_patch_kernel(kernel, step)
+        return kernel
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         kernel = state_dict.get(prefix + "weight")
         if isinstance(kernel, Tensor) and kernel.ndim == 4 and kernel.shape[:2] == self.weight.shape[:2]:
-            state_dict[prefix + "weight"] = resample_patch_kernel(kernel, (self.weight.shape[2], self.weight.shape[3]))
+            state_dict[prefix + "weight"] = self._resample(kernel)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 

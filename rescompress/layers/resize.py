@@ -4,6 +4,7 @@ Morlier et al., "Input Resolution Downsizing as a Compression Technique", https:
 """
 
 import math
+from fractions import Fraction
 from typing import Any, List, Optional, Tuple  # noqa: UP035  TorchScript reads these
 
 from torch import Tensor, nn
@@ -37,7 +38,7 @@ class Resize2d(nn.Module):
         super().__init__()
         if (scale is None) == (size is None):
             raise ValueError("Resize2d takes either a scale or a size")
-        self.scale = scale
+        self.scale = None if scale is None else (_round_up(scale[0]), _round_up(scale[1]))
         self.size = size
         self.mode = mode
         self.antialias = antialias
@@ -70,6 +71,15 @@ class Resize2d(nn.Module):
     def extra_repr(self) -> str:
         what = f"scale={self.scale}" if self.size is None else f"size={self.size}"
         return f"{what}, mode={self.mode!r}, antialias={self.antialias}"
+
+
+def _round_up(scale: float) -> float:
+    """Return the smallest float that is at least the fraction meant: floor(90 * 0.7) would be 62, for 0.7 < 7/10."""
+    fraction = Fraction(scale).limit_denominator(1000)
+    if fraction == 0 or abs(fraction - Fraction(scale)) > 1e-12:
+        return float(scale)
+    nearest = float(fraction)
+    return nearest if Fraction(nearest) >= fraction else math.nextafter(nearest, 1.0)
 
 
 def _interpolate(

@@ -241,7 +241,9 @@ def _count(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], how:
         torch.no_grad(),
         plain_attention(),
         rng_kept(torch.device("cpu")),
-        _Calls(model, counter) as calls,leaves, counter
+        _Calls(model, counter) as calls,
+        leaves,
+        counter,
     ):
         # The counter's global hooks fire once more for a compiled module; that changes no count.
         warnings.filterwarnings("ignore", message="Using `torch.compile")

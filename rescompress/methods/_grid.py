@@ -6,7 +6,7 @@ from torch import nn
 
 from rescompress import surgery
 from rescompress.anatomy import Grid, GridAttribute, ViTAnatomy
-from rescompress.errors import SpecError
+from rescompress.errors import SpecError, UnsupportedModelError
 from rescompress.layers.resample import PosEmbedLoader, resample_pos_embed
 
 
@@ -88,4 +88,44 @@ def _write(model: nn.Module, attribute: GridAttribute, anatomy: ViTAnatomy, grid
         value = anatomy.pos_embed_grid
     else:
         value = stored + (anatomy.num_prefix_tokens if attribute.holds == "num_tokens_and_prefix" else 0)
-    setattr(owner, name, value)
+    surgery.set_attribute(model, attribute.name, value)
+
+
+class NoSingleGrid:
+    """Stands in for a host's method that gives the grid of its features, where they form no single grid any more."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+
+    def __call__(self, *args: object, **kwargs: object) -> Grid:
+        raise RuntimeError(
+            f"after {self.kind} the features of the blocks form no single grid, so they cannot be given as maps; "
+            "ask for tokens (in timm: output_fmt='NLC')"
+        )
+
+
+def forbid_maps(model: nn.Module, anatomy: ViTAnatomy, kind: str) -> None:
+    """Make the host raise where it would reshape fewer tokens than it expects into a map of nonsense."""
+    if anatomy.grid_method is not None:
+        surgery.set_attribute(model, anatomy.grid_method, NoSingleGrid(kind))
+
+
+def fix_input(model: nn.Module, anatomy: ViTAnatomy, kind: str) -> ViTAnatomy:
+    """Make a host that takes images of any size check for the one size whose grid `kind` has been built for.
+
+    A sequence does not tell the grid that it came from: 32 x 128 pixels make as many tokens as 64 x 64.
+
+    Raises:
+        UnsupportedModelError: the host has no such check.
+    """
+    if anatomy.fixed_input:
+        return anatomy
+    if anatomy.size_check is None:
+        raise UnsupportedModelError(
+            f"{kind} needs images of one size: this {type(model).__name__} takes any, and a sequence of tokens does "
+            "not tell the grid that it came from; build the model for one size"
+        )
+    owner, name = surgery.split(anatomy.size_check)
+    surgery.set_attribute(model, f"{owner}.img_size", anatomy.input_size)
+    surgery.set_attribute(model, f"{owner}.{name}", True)
+    return dataclasses.replace(anatomy, fixed_input=True)

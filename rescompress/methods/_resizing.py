@@ -13,7 +13,7 @@ from rescompress.layers.wrap import ResizedModule
 from rescompress.spec import as_pair, check_choice, check_scale
 
 
-def check_resize_options(step: Any, modes: tuple[str, ...]) -> None:
+def check_resize_options(step: Any, modes: tuple[str, ...], optional_antialias: bool = False) -> None:
     """Check scale or size, mode and antialias of a step; turns its size into a (height, width).
 
     Raises:
@@ -26,7 +26,7 @@ def check_resize_options(step: Any, modes: tuple[str, ...]) -> None:
     else:
         object.__setattr__(step, "size", as_pair(f"{step.kind}.size", step.size))
     check_choice(f"{step.kind}.mode", step.mode, modes)
-    if not isinstance(step.antialias, bool | None):
+    if not isinstance(step.antialias, bool) and (step.antialias is not None or not optional_antialias):
         raise SpecError(f"{step.kind}.antialias must be true or false, got {step.antialias!r}")
     if step.antialias and step.mode not in ("bilinear", "bicubic"):
         raise SpecError(f"{step.kind}.antialias goes with bilinear and bicubic, not with {step.mode!r}")
@@ -52,7 +52,7 @@ def warn_if_not_reached(kind: str, scale: float | None, before: Grid, after: Gri
             f"{kind}.scale={scale} cannot be reached exactly: {before[0]} x {before[1]} becomes "
             f"{after[0]} x {after[1]}, a scale of {shown}",
             RescompressWarning,
-            stacklevel=5,
+            stacklevel=2,
         )
 
 
@@ -73,7 +73,7 @@ def put_resize(
             old.before = before
         if after is not None:
             old.after = after
-    elif type(old) is nn.Conv2d or (isinstance(old, nn.Conv2d) and is_same_padded(old)):
+    elif isinstance(old, nn.Conv2d) and "weight" in old._parameters and (type(old) is nn.Conv2d or is_same_padded(old)):
         surgery.swap(model, fqn, ResizedConv2d.from_conv(old, before, after, same_padding=is_same_padded(old)))
     else:
         # A convolution with a forward of its own (weight standardisation, parametrisations) is kept whole.

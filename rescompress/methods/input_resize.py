@@ -44,7 +44,7 @@ class InputResize(Step):
     antialias: bool | None = None
 
     def __post_init__(self) -> None:
-        check_resize_options(self, MODES)
+        check_resize_options(self, MODES, optional_antialias=True)
 
     def identity(self) -> "InputResize":
         """Return the step that inserts a resize which leaves every image as it is."""
@@ -69,9 +69,16 @@ class InputResize(Step):
         self._refuse_larger(anatomy.input_size, image)
         warn_if_not_reached(self.kind, self.scale, anatomy.input_size, image)
         conv = surgery.get(model, anatomy.first_conv)
-        if not isinstance(conv, nn.Conv2d):
-            raise UnsupportedModelError(f"{anatomy.first_conv!r} is a {type(conv).__name__}, not a convolution")
         grid = surgery.output_grid(conv, image)
+        after = getattr(conv, "after", None)
+        if isinstance(after, Resize2d):  # a stem_resize came first
+            smaller = after.target(*grid)
+            if smaller[0] > grid[0] or smaller[1] > grid[1]:
+                raise SpecError(
+                    f"input_resize leaves a {grid[0]} x {grid[1]} map, which stem_resize.size={smaller} would enlarge; "
+                    "a resize may not add cost"
+                )
+            grid = smaller
         put_resize(model, anatomy.first_conv, self.kind, before=resize)
         return dataclasses.replace(anatomy, stem_grid=grid)
 

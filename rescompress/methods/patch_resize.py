@@ -76,7 +76,7 @@ class PatchResize(Step):
                 f"patches of {patch_size[0]} x {patch_size[1]} px do not fill the {image[0]} x {image[1]} image: "
                 f"{image[0] % patch_size[0]} rows and {image[1] % patch_size[1]} columns at its end are not read",
                 RescompressWarning,
-                stacklevel=4,
+                stacklevel=2,
             )
         surgery.swap(model, anatomy.patch_conv, PatchConv2d.from_patch_conv(conv, patch_size))
         return set_grid(model, anatomy, grid, patch_size, image)

@@ -13,6 +13,7 @@ from rescompress import surgery
 from rescompress.anatomy import Anatomy, ViTAnatomy
 from rescompress.errors import SpecError, UnsupportedModelError
 from rescompress.layers.merge_blocks import ATTENTIONS, MERGE_BLOCKS, MeanOfMerged
+from rescompress.methods._grid import forbid_maps
 from rescompress.spec import Stage, Step, check_scale, is_int
 
 
@@ -108,6 +109,7 @@ class TokenMerge(Step):
             surgery.swap(model, anatomy.norm, MeanOfMerged(norm, anatomy.num_prefix_tokens))
         if first is None:
             return anatomy
+        forbid_maps(model, anatomy, self.kind)
         grids = tuple(grid if i <= first else None for i, grid in enumerate(anatomy.grids))
         return dataclasses.replace(anatomy, grids=grids, num_patch_tokens=tuple(counts))
 

@@ -13,6 +13,7 @@ from rescompress import surgery
 from rescompress.anatomy import Anatomy, ViTAnatomy
 from rescompress.errors import SpecError, UnsupportedModelError
 from rescompress.layers.pool import MODES, TokenPool2d
+from rescompress.methods._grid import fix_input, forbid_maps
 from rescompress.spec import Stage, Step, as_pair, check_choice, is_int
 
 
@@ -37,7 +38,8 @@ class TokenPool(Step):
     mode: str = "avg"
 
     def __post_init__(self) -> None:
-        places = (self.after_block,) if isinstance(self.after_block, int) else tuple(self.after_block or ())
+        listed = isinstance(self.after_block, list | tuple)
+        places = tuple(self.after_block) if listed else (self.after_block,)  # type: ignore[arg-type]
         if not places or not all(is_int(place, -10_000) for place in places):
             raise SpecError(f"token_pool.after_block must be a block index or a list of them, got {self.after_block!r}")
         if len(set(places)) != len(places):
@@ -69,6 +71,9 @@ class TokenPool(Step):
                 )
         for block in sorted(place % count for place in places):
             anatomy = self._pool_after(model, anatomy, block, stride)
+        if stride != (1, 1):
+            forbid_maps(model, anatomy, self.kind)
+            anatomy = fix_input(model, anatomy, self.kind)
         return anatomy
 
     def _pool_after(self, model: nn.Module, anatomy: ViTAnatomy, block: int, stride: tuple[int, int]) -> ViTAnatomy:

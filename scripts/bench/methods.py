@@ -33,9 +33,7 @@ def build(name: str) -> nn.Module:
 def candidates(model: nn.Module, scale: float) -> Iterator[list[rc.Step]]:
     """Yield for each method that takes this model the steps among which the one of nearest MACs is looked for."""
     if not hasattr(model, "patch_embed") and not hasattr(model, "conv_proj"):
-        # Ratios of small whole numbers: those that fold can rewrite cheaply are among them.
-        scales = sorted({p / q for q in (3, 8) for p in range(1, q)})
-        yield [rc.StemResize(scale=scale) for scale in scales]
+        yield [rc.StemResize(scale=scale)]  # the same grid behind the stem as the baseline
         return
     depth = len(model.blocks if hasattr(model, "blocks") else model.encoder.layers)
     yield [rc.PatchResize(scale=scale)]  # the same grid as the baseline

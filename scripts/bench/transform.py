@@ -14,9 +14,10 @@ from collections.abc import Callable
 
 import timm
 
-from rescompress.compress import carry_out, default_spec, self_check
+from rescompress.compress import carry_out, default_spec
 from rescompress.families import describe
 from rescompress.inputs import default_input
+from rescompress.self_check import self_check
 
 
 def seconds(action: Callable[[], object]) -> float:

@@ -27,6 +27,7 @@ def broken(here, photo):
         (here / f"cut-{name}").write_bytes((here / name).read_bytes()[:-30])
     torch.save({"model": timm.create_model("resnet18", num_classes=7).state_dict()}, here / "seven.pth")
     torch.save([1, 2], here / "list.pth")
+    torch.jit.script(torch.nn.Linear(2, 2)).save(here / "program.pt")
     torch.save({"run": os.system, "weight": torch.zeros(1)}, here / "code.pth")
     (here / "bad.yaml").write_text("steps: [")
     (here / "unknown.yaml").write_text("steps: [{kind: token_pol, after_block: 1}]")
@@ -68,7 +69,10 @@ CASES = {
     "truncated image": ([*RESNET, *HALF, "--image", "cut.png"], "cut.png is damaged"),
     "missing weights": (["resnet18", *HALF, "--weights", "none.pth"], "there is no weights file none.pth"),
     "weights that are a folder": (["resnet18", *HALF, "--weights", "folder"], "are a folder"),
-    "weights that are none": (["resnet18", *HALF, "--weights", "text.pth"], "text.pth is damaged or not a file"),
+    "weights that are none": (
+        ["resnet18", *HALF, "--weights", "text.pth"],
+        r"text.pth is damaged or not a file of torch.save; write one with torch.save\(model.state_dict\(\), file\)$",
+    ),
     "truncated weights": (["resnet18", *HALF, "--weights", "cut-other.pth"], "cut-other.pth is damaged or not a file"),
     "truncated safetensors": (
         ["resnet18", *HALF, "--weights", "cut-other.safetensors"],
@@ -81,6 +85,10 @@ CASES = {
     "safetensors of another model": (["resnet18", *HALF, "--weights", "other.safetensors"], "weights of another model"),
     "weights for other classes": (["resnet18", *HALF, "--weights", "seven.pth"], "give --num-classes 7$"),
     "no state dict": (["resnet18", *HALF, "--weights", "list.pth"], "holds no state dict"),
+    "weights that are a program": (
+        ["resnet18", *HALF, "--weights", "program.pt"],
+        "is a TorchScript program, not a st",
+    ),
     "weights with code": (["resnet18", *HALF, "--weights", "code.pth"], "since that could run code"),
     "image too small": (["resnet18", "--random", "--input-size", "1", "--scale", "0.5"], "changes nothing"),
     "folder that is not there": ([*RESNET, *HALF, "--out", "none/small.pt"], "there is no folder none"),
@@ -155,3 +163,23 @@ def test_the_other_commands_answer_in_one_line_too(arguments, said, run, broken)
     assert ran.out == ""
     assert len(ran.errors) == 1
     assert_matches(said, ran.errors[0])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--scale", "1.5"], "scale must be in"),
+        (["--scale", "0.5", "--set", "stem_resize.mode=linear"], "stem_resize.mode must be one of"),
+        (["--scale", "0.5", "--set", "token_pool.stride=2"], "token_pool"),
+        (["--set", "stem_resise.scale=0.5"], "unknown method"),
+        (["--spec", "option.yaml"], "no option 'after'"),
+    ],
+)
+def test_what_needs_no_model_is_refused_before_one_is_built(arguments, said, run, broken, photo):
+    (broken / "slow.py").write_text("def build():\n    raise ValueError('the model was built')\n")
+
+    ran = run("compress", "slow:build", *arguments, "--image", photo)
+
+    assert ran.code == 1
+    assert_matches(said, ran.errors[0])
+    assert "built" not in ran.err and "building" not in ran.err

@@ -73,7 +73,8 @@ def test_measure(run):
 
 
 def test_inspect(run, tmp_path):
-    model, x = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3, padding=1), torch.nn.ReLU()), torch.zeros(1, 3, 16, 16)
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3, padding=1), torch.nn.AdaptiveAvgPool2d(1))
+    x = torch.zeros(1, 3, 16, 16)
     path = rc.export(rc.compress(model, scale=0.5, example_input=x), tmp_path / "small.pt", x, labels=["cat"])
 
     shown, plain = run("inspect", path), run("inspect", path, "--json")
@@ -189,3 +190,70 @@ def test_only_our_own_warnings_are_shown(capsys):
 )
 def test_sizes_for_people(number, text):
     assert console.size(number) == text
+
+
+def test_json_has_no_nan(run, tmp_path):
+    spec = '"spec": {"steps": []}, "report": {"ratios": {"macs": NaN, "bytes": [0.5, -Infinity]}}'
+    with zipfile.ZipFile(tmp_path / "a.pt", "w") as archive:
+        archive.writestr("a/extra/rescompress.json", f'{{"header_schema": 1, {spec}}}')
+
+    ran = run("inspect", tmp_path / "a.pt", "--json")
+
+    assert json.loads(ran.out)["report"] == {"ratios": {"macs": None, "bytes": [0.5, None]}}
+    assert "NaN" not in ran.out
+
+
+@pytest.mark.parametrize(
+    ("redirection", "said"),
+    [(">&-", "error: stdout is closed"), ("> /dev/full", "error: cannot write the result to stdout: No space left")],
+)
+@pytest.mark.parametrize("arguments", ["families --json", "--help"])
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_stdout_that_takes_nothing_is_one_line(redirection, said, arguments, unbuffered, monkeypatch):
+    monkeypatch.setenv("PYTHONUNBUFFERED", unbuffered)
+    ran = subprocess.run(
+        f"{sys.executable} -m rescompress.cli {arguments} {redirection}",
+        shell=True, stderr=subprocess.PIPE, text=True, check=False,
+    )  # fmt: skip
+
+    assert ran.returncode == _main.FAILED
+    assert ran.stderr.startswith(said)
+    assert len(ran.stderr.splitlines()) == 1
+
+
+def test_what_a_model_prints_does_not_reach_stdout(run, here):
+    (here / "loud.py").write_text(
+        "import torch\n"
+        "class Loud(torch.nn.Conv2d):\n"
+        "    def forward(self, x):\n"
+        "        print('running')\n"
+        "        return super().forward(x)\n"
+        "def build():\n"
+        "    print('building')\n"
+        "    return Loud(3, 4, 3)\n"
+    )
+
+    ran = run("measure", "loud:build", "--input-size", "8", "--quick", "--json")
+
+    assert json.loads(ran.out)["parameters"] == 112
+    assert "building" in ran.err and "running" in ran.err
+
+
+def test_termination_cleans_up(tmp_path):
+    code = (
+        "import os, pathlib, signal, sys; from rescompress.cli import families, main\n"
+        "from rescompress.export.paths import replacing\n"
+        "def run(args):\n"
+        "    with replacing(pathlib.Path(sys.argv[1])) as new:\n"
+        "        new.write_bytes(b'half')\n"
+        "        os.kill(os.getpid(), signal.SIGTERM)\n"
+        "families.run = run\n"
+        "raise SystemExit(main(['families']))\n"
+    )
+
+    ran = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "small.pt")], capture_output=True, text=True, check=False
+    )
+
+    assert (ran.returncode, ran.stderr) == (143, "error: terminated\n")
+    assert list(tmp_path.iterdir()) == []

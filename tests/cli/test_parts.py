@@ -130,6 +130,43 @@ def test_weights_that_do_not_fit_change_nothing(tmp_path):
     torch.testing.assert_close(dict(target.state_dict()), before, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize(
+    ("broken", "said"),
+    [
+        (torch.tensor([0.0, float("nan"), float("inf"), 1.0]), "0.bias has 2 values of 4 that are NaN or infinite"),
+        (torch.zeros(4, dtype=torch.complex64), r"0.bias is complex \(torch.complex64\)"),
+        (torch.zeros(4).to_sparse(), "0.bias is sparse"),
+        (torch.zeros(4, device="meta"), "0.bias is on the meta device"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_weights_that_no_model_can_run_with_are_refused(broken, said, tmp_path):
+    torch.save({**net().state_dict(), "0.bias": broken}, tmp_path / "net.pth")
+
+    with pytest.raises(InputError, match=said):
+        load_weights(net(), tmp_path / "net.pth")
+
+
+def test_counters_of_batches_may_be_missing(tmp_path):
+    target, state = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)), net().state_dict()
+    del state["1.num_batches_tracked"]
+    torch.save(state, tmp_path / "net.pth")
+
+    load_weights(target, tmp_path / "net.pth")
+
+    torch.testing.assert_close(target[0].weight.detach(), state["0.weight"], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ["lraspp_mobilenet_v3_large", "ssdlite320_mobilenet_v3_large"])
+def test_random_weights_download_no_backbone(name, monkeypatch):
+    def download_nothing(*_args, **_more):
+        raise AssertionError("something was downloaded")
+
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", download_nothing)
+
+    assert load_model(Request(reference=f"torchvision:{name}", random=True)).weights == "random"
+
+
 def answers_late(*_args, **_more):
     time.sleep(1)
     raise OSError("too late")

@@ -65,6 +65,17 @@ def test_a_spec_of_unknown_methods_is_refused(tmp_path):
         read_spec(path)
 
 
+@pytest.mark.parametrize("steps", ['[{"kind": [1]}]', "[" * 900 + "]" * 900, '[{"kind": "stem_resize", "scale": {}}]'])
+def test_a_spec_of_the_wrong_form_is_one_clear_error(tmp_path, steps):
+    header = f'{{"header_schema": 1, "spec": {{"steps": {steps}}}}}'
+    path = write_zip(tmp_path / "a.pt", [("a/extra/rescompress.json", header)])
+
+    with pytest.raises(InputError, match=r"a\.pt holds a spec that cannot be read") as caught:
+        read_spec(path)
+
+    assert len(str(caught.value)) < 500
+
+
 @pytest.mark.parametrize("content", [b"", b"no zip at all", b"PK\x03\x04" + bytes(100)])
 def test_a_file_that_is_no_zip_is_refused(tmp_path, content):
     path = tmp_path / "a.pt"

@@ -107,7 +107,8 @@ def test_file_gives_its_spec_back(case, written):
     _, small, _, path = written[case]
 
     assert rc.read_spec(path) == rc.spec_of(small) == rc.Spec.of(CASES[case][1])
-    assert read_header(path)["made_by"] == "script"
+    header = read_header(path)
+    assert (header["made_by"], header["made_by_because"]) == ("script", [])
 
 
 def test_nothing_but_the_files_is_left(written):
@@ -253,6 +254,68 @@ def test_a_model_for_one_batch_size_is_written_for_it(tmp_path):
     path = rc.export(OneImageOnly(), tmp_path / "one.pt", torch.randn(1, 3, 8, 8))
 
     assert read_header(path)["batch_sizes_checked"] == [1]
+
+
+class DecidesBySize(Uncompilable):
+    """A trace of it is wrong for other image sizes."""
+
+    def forward(self, *images):
+        scores = self.conv(images[0]).mean((2, 3))
+        return scores if images[0].shape[2] == 8 else -scores
+
+
+class OneSizeOnly(Uncompilable):
+    def forward(self, *images):
+        if images[0].shape[2:] != (8, 8):
+            raise ValueError("8 x 8 pixels only")
+        return self.conv(images[0])
+
+
+def test_a_trace_that_is_wrong_at_other_sizes_says_so(tmp_path):
+    with pytest.warns(rc.RescompressWarning, match="for the image size of the example input alone") as caught:
+        path = rc.export(DecidesBySize(), tmp_path / "one.pt", torch.randn(1, 3, 8, 8))
+
+    assert caught[0].filename == __file__
+    assert read_header(path)["input_sizes"] == "fixed"
+
+
+def test_the_sizes_that_a_file_is_for_are_in_its_header(tmp_path):
+    x = torch.randn(1, 3, 8, 8)
+    models = {"traced": Uncompilable(), "fixed": OneSizeOnly(), "scripted": nn.Conv2d(3, 4, 3)}
+
+    sizes = {name: read_header(rc.export(model, tmp_path / f"{name}.pt", x)) for name, model in models.items()}
+
+    assert {name: header["input_sizes"] for name, header in sizes.items()} == {
+        "traced": "as the model takes them",
+        "fixed": "fixed",
+        "scripted": "as the model takes them",
+    }
+
+
+def test_what_cannot_be_compared_is_refused(tmp_path):
+    broken = nn.Linear(3, 3)
+    nn.init.constant_(broken.weight, float("nan"))
+
+    with pytest.raises(rc.ExportError, match=r"empty \(batch size 0\)"):
+        rc.export(nn.ReLU(), tmp_path / "a.pt", torch.randn(0, 3))
+    with pytest.raises(rc.ExportError, match="no finite number"):
+        rc.export(broken, tmp_path / "a.pt", torch.randn(1, 3))
+    with pytest.raises(rc.ExportError, match="meta device"):
+        rc.export(nn.Linear(3, 3, device="meta"), tmp_path / "a.pt", torch.randn(1, 3))
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"labels": 5}, r"labels must be a sequence of class names such as .*, got the int 5"),
+        ({"preprocessing": "x"}, r"preprocessing must be a dict such as .*, got the str 'x'"),
+        ({"preprocessing": {"mean": {1, 2}}}, "JSON"),
+    ],
+)
+def test_wrong_facts_for_the_header_are_refused(tmp_path, options, said):
+    with pytest.raises(rc.ExportError, match=said):
+        rc.export(nn.ReLU(), tmp_path / "a.pt", torch.randn(1, 3), **options)
 
 
 def test_keyword_arguments_and_half_precision(tmp_path):

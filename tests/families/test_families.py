@@ -111,7 +111,7 @@ def test_a_family_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
     families.register(
         families.Family(name="made", summary="for the test", methods=("stem_resize",), hosts=(host,), describe=describe)
     )
-    model = Made(nn.Conv2d(3, 3, 1), nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    model = Made(nn.Conv2d(3, 3, 1), nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     small = rc.compress(model, scale=0.5, example_input=torch.rand(1, 3, 16, 16))
     assert small._rescompress.anatomy.family == "made" and type(small[1]).__name__ == "ResizedConv2d"
 

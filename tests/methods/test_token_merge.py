@@ -218,3 +218,9 @@ def test_half_precision() -> None:
     # other pairs may be merged once keys are rounded, so only the size of the error can be asked for
     assert (autocast.float() - expected).norm() < 0.2 * expected.norm()
     assert half.dtype == torch.bfloat16 and (half.float() - expected).norm() < 0.3 * expected.norm()
+
+
+def test_features_are_not_reshaped_into_a_map_of_nonsense() -> None:
+    small = rc.compress(vit(), rc.TokenMerge(r=2), example_input=X)
+    with pytest.raises(RuntimeError, match="after token_merge the features of the blocks form no single grid"):
+        small.forward_intermediates(X)

@@ -96,16 +96,32 @@ def test_gradient_checkpointing() -> None:
     torch.testing.assert_close(small(X), expected, rtol=1e-6, atol=1e-6)
 
 
-def test_tokens_that_form_no_such_grid() -> None:
-    with pytest.raises(RuntimeError, match="cannot pool 7 tokens"):
+def test_another_number_of_tokens_raises() -> None:
+    with pytest.raises(RuntimeError, match=r"made for a .* grid, and got 7 patch tokens"):
         TokenPool2d((4, 4), (2, 2), 0)(torch.zeros(1, 7, 2))
 
 
-def test_dynamic_image_sizes() -> None:
+def test_a_model_with_dynamic_image_sizes_takes_one_size_afterwards() -> None:
+    """A 32 x 128 image has as many tokens as a 64 x 64 one: nothing behind the patches could tell them apart."""
     m = randomize(timm.create_model("vit_tiny_patch16_224", img_size=64, depth=2, dynamic_img_size=True)).eval()
-    small = rc.compress(m, rc.TokenPool(after_block=0), example_input=torch.rand(1, 3, 64, 64))
+    small = rc.compress(m, rc.TokenPool(after_block=0), example_input=torch.rand(1, 3, 32, 96))
     with torch.no_grad():
-        x = torch.rand(1, 3, 96, 96)
+        x = torch.rand(1, 3, 32, 96)
         y = m.blocks[0](m._pos_embed(m.patch_embed(x)))
-        y = m.forward_head(m.norm(m.blocks[1](TokenPool2d((6, 6), (2, 2), 1)(y))))
+        y = m.forward_head(m.norm(m.blocks[1](TokenPool2d((2, 6), (2, 2), 1)(y))))
         torch.testing.assert_close(small(x), y, rtol=0, atol=0)
+        with pytest.raises(AssertionError, match=r"Input height \(96\) doesn't match model \(32\)"):
+            small(torch.rand(1, 3, 96, 32))
+        same = rc.compress(m, rc.TokenPool(after_block=0, stride=1), example_input=x)
+        same(torch.rand(1, 3, 96, 32))  # nothing pooled, nothing fixed
+
+
+def test_features_are_not_reshaped_into_a_map_of_nonsense() -> None:
+    m = model()
+    small = rc.compress(m, rc.TokenPool(after_block=1), example_input=X)
+    with pytest.raises(RuntimeError, match="after token_pool the features of the blocks form no single grid"):
+        small.forward_intermediates(X)
+    tokens = small.forward_intermediates(X, output_fmt="NLC", intermediates_only=True)
+    assert [t.shape[1] for t in tokens] == [32, 32, 8, 8, 8]
+    same = rc.compress(m, rc.TokenPool(after_block=1, stride=1), example_input=X)
+    assert same.forward_intermediates(X, intermediates_only=True)[0].shape == (1, 192, 4, 8)

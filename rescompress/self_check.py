@@ -1,0 +1,268 @@
+"""Prove on clones that a spec does to a model what it says and nothing else, before anything is returned.
+
+Clones share the model's weights. At zero reduction a clone must give the model's own outputs; as asked for, it must
+run, call every module that was put in, cost less, and give outputs of the same kind.
+"""
+
+import copy
+import dataclasses
+import traceback
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.flop_counter import flop_registry
+
+from rescompress import surgery
+from rescompress.anatomy import Anatomy, ConvAnatomy, ViTAnatomy
+from rescompress.errors import RescompressWarning, SpecError, UnsupportedModelError, one_line
+from rescompress.spec import Samples, Spec, Stage
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def self_check(
+    model: nn.Module,
+    spec: Spec,
+    anatomy: Anatomy,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    samples: Samples | None = None,
+) -> list[str]:
+    """Try a spec on clones: at zero reduction, then as it is. Return what the caller should be warned of.
+
+    Raises:
+        SpecError: a step does not fit this model or changes nothing in it.
+        UnsupportedModelError: the outputs at zero reduction differ from the model's own, or the reduced model fails.
+    """
+    name, kinds, call = type(model).__name__, " + ".join(step.kind for step in spec), (args, kwargs)
+    # One calibration batch is enough to see whether the steps work.
+    few = Samples(call) if samples is None else dataclasses.replace(samples, calibration=samples.calibration[:1])
+    visible = _visible_weights(model)
+    original = _clone(model, visible)
+    reference, cost_before = _run(original, call, "the model itself does not run on its example input")
+    if not _tensors(reference):
+        raise UnsupportedModelError(f"this {name} returns no tensors that could be compared")
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", RescompressWarning)
+        reduced = _clone(model, visible)
+        before = surgery.fingerprint(reduced)
+        apply_steps(reduced, spec, anatomy, few)
+    messages = [str(warning.message) for warning in caught if issubclass(warning.category, RescompressWarning)]
+    identity = _clone(model, visible)
+    apply_steps(identity, spec.identity(), anatomy, few)
+
+    same, _ = _run(identity, call, f"{kinds} at zero reduction breaks this {name}")
+    difference = _difference(reference, same)
+    if difference is not None and _difference(reference, _run(original, call, "the model itself")[0]) is not None:
+        raise UnsupportedModelError(
+            f"this {name} gives other outputs from call to call, so nothing can be proved of it"
+        )
+    if difference is not None:  # rounding or a real change? In double precision they are far apart
+        difference = _difference_in_double(_clone(model, visible), spec.identity(), anatomy, call)
+    if difference is not None:
+        raise UnsupportedModelError(
+            f"{kinds} at zero reduction changes what this {name} computes ({difference}); "
+            "it is refused rather than returned wrong"
+        )
+    called = _watch_new_modules(reduced, before)
+    small, cost_after = _run(reduced, call, f"this {name} does not work on the smaller grid of {kinds}")
+    idle = [fqn for fqn, was_called in called.items() if not was_called]
+    if idle:
+        raise UnsupportedModelError(
+            f"{kinds} would change nothing: the forward of this {name} never calls its module {idle[0]!r}, but reaches "
+            "what it does in another way"
+        )
+    # A resized side branch, such as one that only predicts a crop, leaves the cost of the network as it was.
+    convolutions = sum(isinstance(module, nn.Conv2d) for module in model.modules())
+    resizes = any(step.stage < Stage.PRECISION and step != step.identity() for step in spec)
+    if isinstance(anatomy, ConvAnatomy) and convolutions > 1 and cost_after >= cost_before and resizes:
+        raise UnsupportedModelError(
+            f"{kinds} saves nothing in this {name}: {cost_before / 2e6:.2f} MMACs before, {cost_after / 2e6:.2f} after"
+        )
+    return messages + _compare_kinds(reference, small, kinds, name)
+
+
+def apply_steps(
+    model: nn.Module, spec: Spec, anatomy: Anatomy, samples: Samples | None = None
+) -> tuple[Anatomy, tuple[str, ...]]:
+    """Apply a spec in place and return the new anatomy and what each step did, a line or more.
+
+    Raises:
+        SpecError: a step does not fit this model or changes nothing in it, or needs samples that are not there.
+        UnsupportedModelError: a method does not fit this kind of model.
+    """
+    log: list[str] = []
+    for step in spec:
+        before = surgery.fingerprint(model)
+        applied = step.apply_with(model, anatomy, Samples() if samples is None else samples)
+        if surgery.fingerprint(model) == before:
+            raise SpecError(f"{step.to_dict()} changed nothing in this {type(model).__name__}")
+        told = applied.notes or (_change(anatomy, applied.anatomy),)
+        log.extend(f"{step.kind}: {line}" for line in told)
+        anatomy = applied.anatomy
+    return anatomy, tuple(log)
+
+
+def _change(before: Anatomy, after: Anatomy) -> str:
+    """Say in one line what a step did to the grid."""
+    if isinstance(before, ViTAnatomy) and isinstance(after, ViTAnatomy) and before.grids[0] == after.grids[0]:
+        return f"{before.num_patch_tokens[-1]} -> {after.num_patch_tokens[-1]} patch tokens leave the last block"
+    old, new = before.grid, after.grid
+    if old is None or new is None:
+        return "the grid is dissolved"
+    return f"grid {old[0]} x {old[1]} -> {new[0]} x {new[1]}, scale {(new[0] * new[1] / (old[0] * old[1])) ** 0.5:.4g}"
+
+
+def _visible_weights(model: nn.Module) -> dict[int, nn.Parameter]:
+    """Return stand-ins for weights so near to zero that they would hide errors from the check, by identity.
+
+    Fresh models have heads of zeros and LayerScale of 1e-5: whatever their blocks do, the outputs stay the same.
+    """
+    generator = torch.Generator().manual_seed(0)
+    found = {}
+    for parameter in model.parameters():
+        hidden = parameter.is_floating_point() and not parameter.is_meta and parameter.numel() > 0
+        if hidden and type(parameter) is nn.Parameter and bool(parameter.detach().abs().max() < 1e-3):
+            value = torch.randn(parameter.shape, generator=generator) * (0.1 if parameter.ndim < 2 else 0.02)
+            found[id(parameter)] = nn.Parameter(value.to(parameter), requires_grad=parameter.requires_grad)
+    return found
+
+
+def _clone(model: nn.Module, visible: dict[int, nn.Parameter]) -> nn.Module:
+    try:
+        return surgery.clone_shared(model, replaced=visible).eval()
+    except Exception as error:  # whatever a foreign __deepcopy__ raises
+        raise UnsupportedModelError(
+            f"this {type(model).__name__} cannot be copied, so nothing can be tried on it: {one_line(error)}; use "
+            "torch.nn.utils.parametrizations instead of the old weight_norm or prune, and keep no locks in modules"
+        ) from error
+
+
+class _CountProducts(TorchDispatchMode):
+    """Adds up the floating-point operations of matrix products by torch's own formulas.
+
+    FlopCounterMode itself also tracks modules, which fails where a parameter is the input of one.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.flops = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        formula = flop_registry.get(func._overloadpacket)
+        if formula is not None:
+            self.flops += formula(*args, **(kwargs or {}), out_val=out)
+        return out
+
+
+def _run(model: nn.Module, call: Call, failing: str) -> tuple[Any, int]:
+    """Run a clone; return its outputs and the floating-point operations of its matrix products."""
+    args, kwargs = tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, call)
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # it hides the products, and rounds otherwise than plain attention
+    try:
+        with torch.no_grad(), _CountProducts() as counter:
+            outputs = model(*args, **kwargs)
+    except Exception as error:  # the host's own code runs here and may raise anything
+        shapes = [tuple(leaf.shape) for leaf in tree_leaves(call) if isinstance(leaf, Tensor)]
+        reason = one_line(error) if str(error).strip() else _where(error)
+        raise UnsupportedModelError(f"{failing} (inputs {shapes}): {type(error).__name__}: {reason}") from error
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast_path)
+    return outputs, counter.flops
+
+
+def _where(error: BaseException) -> str:
+    """Return the line of the host's code that raised, for errors without a message."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{frame.line} ({Path(frame.filename).name}, line {frame.lineno})"
+
+
+def _watch_new_modules(model: nn.Module, before: dict[str, int]) -> dict[str, bool]:
+    """Return, by FQN, whether each module that surgery put in gets called; filled in while the clone runs."""
+    new = [fqn for fqn, module in model.named_modules() if before.get(fqn) != id(module)]
+    outermost = [fqn for fqn in new if surgery.split(fqn)[0] not in new]
+    called = dict.fromkeys(outermost, False)
+    for fqn in outermost:
+        # A hook on the clone only: it is thrown away.
+        surgery.get(model, fqn).register_forward_hook(lambda *_, fqn=fqn: called.update({fqn: True}))
+    return called
+
+
+def _difference_in_double(model: nn.Module, identity: Spec, anatomy: Anatomy, call: Call) -> str | None:
+    def double(leaf: Any) -> Any:
+        return leaf.double() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
+
+    failing = f"this {type(model).__name__} does not run in double precision"
+    clone = copy.deepcopy(model).double()  # a copy: double() of a shared clone would convert the model's own weights
+    reference, _ = _run(clone, tree_map(double, call), failing)
+    apply_steps(clone, identity, anatomy, Samples(tree_map(double, call)))
+    return _difference(reference, _run(clone, tree_map(double, call), failing)[0])
+
+
+def _tensors(outputs: Any) -> list[Tensor]:
+    """Return the tensors in a model's outputs in order, those in plain objects and arrays too."""
+    found: list[Tensor] = []
+    for leaf in tree_leaves(outputs):
+        if isinstance(leaf, Tensor):
+            found.append(leaf)
+        elif type(leaf).__module__ == "numpy" and hasattr(leaf, "__array__"):
+            found.append(torch.as_tensor(leaf))
+        elif hasattr(leaf, "__dict__") and not isinstance(leaf, type | nn.Module):
+            found += [value for value in tree_leaves(vars(leaf)) if isinstance(value, Tensor)]
+    return found
+
+
+def _difference(reference: Any, other: Any) -> str | None:
+    """Say how far two outputs are apart, or None where they agree to 1e-6 of the size of their largest value."""
+    old, new = _tensors(reference), _tensors(other)
+    if len(old) != len(new):
+        return f"{len(new)} tensors instead of {len(old)}"
+    for a, b in zip(old, new, strict=True):
+        if a.shape != b.shape or a.dtype != b.dtype:
+            return f"{b.dtype} of shape {tuple(b.shape)} instead of {a.dtype} of {tuple(a.shape)}"
+        if a.is_meta or a.numel() == 0:
+            continue
+        if not a.is_floating_point():
+            if not torch.equal(a, b):
+                return f"other values of type {a.dtype}"
+            continue
+        finite = a.isfinite()
+        if not torch.equal(finite, b.isfinite()):
+            return "other values than before are infinite or NaN"
+        a, b = a[finite].double(), b[finite].double()
+        if a.numel() and (a - b).abs().max() > 1e-6 * a.abs().max():
+            return f"largest difference {(a - b).abs().max():.3g} in values of size {a.abs().max():.3g}"
+    return None
+
+
+def _compare_kinds(reference: Any, small: Any, kinds: str, name: str) -> list[str]:
+    """Return what to warn of in the reduced model's outputs; grids and sequences may be shorter, nothing else.
+
+    Raises:
+        UnsupportedModelError: they are no replacement for the original's.
+    """
+    old, new = _tensors(reference), _tensors(small)
+    problem, messages = None, []
+    if len(old) != len(new):
+        problem = f"{len(new)} tensors instead of {len(old)}"
+    for a, b in zip(old, new, strict=False):
+        alike = a.shape == b.shape if a.ndim <= 2 else a.ndim == b.ndim and a.shape[0] == b.shape[0]
+        if not alike:
+            problem = f"shape {tuple(b.shape)} instead of {tuple(a.shape)}"
+        elif a.shape != b.shape:
+            messages.append(f"{kinds}: an output has shape {tuple(b.shape)} instead of {tuple(a.shape)}")
+        elif not a.is_meta and a.is_floating_point() and bool(a.isfinite().all()) and not bool(b.isfinite().all()):
+            problem = "infinite or NaN values where the original has none"
+    if problem is not None:
+        raise UnsupportedModelError(f"{kinds} gives outputs of another kind on this {name}: {problem}")
+    if any(tensor.is_meta for tensor in old):
+        messages.append(f"this {name} is on the meta device, so only shapes were checked, not values")
+    return messages
