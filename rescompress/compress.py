@@ -3,7 +3,7 @@
 import copy
 import warnings
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -71,7 +71,7 @@ def compress(
     """
     # Parameters made under inference mode could never be trained.
     with torch.inference_mode(False):
-        resolved, anatomy, samples = _checked(model, spec, scale, example_input, calibration)
+        resolved, anatomy, samples = _checked(model, spec, scale, example_input, calibration, few=True)
         try:
             copied = copy.deepcopy(model)
         except Exception as error:  # whatever a foreign __deepcopy__ raises
@@ -95,7 +95,8 @@ def compress_(
     An error leaves the model as it was.
     """
     with torch.inference_mode(False):
-        resolved, anatomy, samples = _checked(model, spec, scale, example_input, calibration)
+        # With all calibration batches, for what fails on the model itself would leave it half done.
+        resolved, anatomy, samples = _checked(model, spec, scale, example_input, calibration, few=False)
         return carry_out(model, resolved, anatomy, samples)
 
 
@@ -146,14 +147,19 @@ def _checked(
     scale: float | None,
     example_input: Any,
     calibration: Iterable[Any] | str | None,
+    few: bool,
 ) -> tuple[Spec, Anatomy, Samples]:
-    """Return what is to be done, once it has been tried on clones and its warnings have been given."""
+    """Return what is to be done, once it has been tried on clones and its warnings have been given.
+
+    With `few`, it is tried with the first calibration batch alone, which is enough to see whether the steps work.
+    """
     args, kwargs = _example(model, example_input)
     anatomy = _anatomy_of(model, args, kwargs)
     resolved = _resolve(spec, scale, anatomy)
     samples = samples_of(args, kwargs, calibration)
     # Before the model is touched: a caller may turn warnings into errors, and an error must leave it as it was.
-    for message in self_check(model, resolved, anatomy, args, kwargs, samples):
+    tried = replace(samples, calibration=samples.calibration[:1]) if few else samples
+    for message in self_check(model, resolved, anatomy, args, kwargs, tried):
         warnings.warn(message, RescompressWarning, stacklevel=4)
     return resolved, anatomy, samples
 

@@ -5,7 +5,6 @@ run, call every module that was put in, cost less, and give outputs of the same 
 """
 
 import copy
-import dataclasses
 import traceback
 import warnings
 from pathlib import Path
@@ -40,8 +39,7 @@ def self_check(
         UnsupportedModelError: the outputs at zero reduction differ from the model's own, or the reduced model fails.
     """
     name, kinds, call = type(model).__name__, " + ".join(step.kind for step in spec), (args, kwargs)
-    # One calibration batch is enough to see whether the steps work.
-    few = Samples(call) if samples is None else dataclasses.replace(samples, calibration=samples.calibration[:1])
+    given = Samples(call) if samples is None else samples
     visible = _visible_weights(model)
     original = _clone(model, visible)
     reference, cost_before = _run(original, call, "the model itself does not run on its example input")
@@ -52,10 +50,10 @@ def self_check(
         warnings.simplefilter("always", RescompressWarning)
         reduced = _clone(model, visible)
         before = surgery.fingerprint(reduced)
-        apply_steps(reduced, spec, anatomy, few)
+        apply_steps(reduced, spec, anatomy, given)
     messages = [str(warning.message) for warning in caught if issubclass(warning.category, RescompressWarning)]
     identity = _clone(model, visible)
-    apply_steps(identity, spec.identity(), anatomy, few)
+    apply_steps(identity, spec.identity(), anatomy, given)
 
     same, _ = _run(identity, call, f"{kinds} at zero reduction breaks this {name}")
     difference = _difference(reference, same)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from rescompress import spec
 from rescompress.families import _base as families
@@ -117,12 +118,11 @@ def test_a_card_names_the_families_that_take_the_method(card: Path) -> None:
 def test_a_card_stands_by_its_zero_step(card: Path) -> None:
     """The card names the explicit zero step, and that step is taken where a reduction of nothing is refused."""
     text = card.read_text(encoding="utf-8").split("## To know")[1]
-    options = re.search(r"^- `(scale|stride|r)=([\d.]+)`", text, re.MULTILINE)
+    options = re.search(r"^- `(scale|stride|r|exact)=([\d.]+|true)`", text, re.MULTILINE)
     assert options is not None
     kind = step_type_of(card.stem)
-    value = float(options[2]) if "." in options[2] else int(options[2])
-    required = {"after_block": 0} if card.stem == "token_pool" else {}
-    step = kind(**{options[1]: value}, **required)
+    required = {"token_pool": {"after_block": 0}, "quantize": {"scheme": "w8"}}.get(card.stem, {})
+    step = kind(**{options[1]: yaml.safe_load(options[2])}, **required)
     assert step.identity() == step
 
 

@@ -8,14 +8,24 @@ from typing import Any
 from torch import Tensor, nn
 
 from rescompress.cli import console, predictions
-from rescompress.cli.images import default_photograph, open_image
+from rescompress.cli.images import calibration_batches, calibration_files, default_photograph, open_image
 from rescompress.cli.models import MEANINGLESS, Loaded, Request, load_model
 from rescompress.cli.predictions import Prediction
-from rescompress.cli.specs import scaled_spec, spec_without_model
+from rescompress.cli.specs import check_calibration, scaled_spec, shortened, spec_without_model
 from rescompress.compress import compress, record_of
 from rescompress.export import check_writable, export, read_header
+from rescompress.export.paths import SUFFIXES, suffix_of
 from rescompress.fold import FoldDecision, fold, fold_decisions
 from rescompress.measure import Comparison, compare
+
+_USES = {
+    "torchscript": "torch.jit.load({path})(x)",
+    "torch.export": "torch.export.load({path}).module()(x)",
+    "onnx": "session = onnxruntime.InferenceSession({path}); "
+    "session.run(None, {{session.get_inputs()[0].name: x.numpy()}})",
+    "aotinductor": "torch._inductor.aoti_load_package({path})(x)",
+}
+"""How a file of each format is used by who has no rescompress."""
 
 CHECKED = "identity check passed: at zero reduction the outputs are the original's"
 
@@ -67,7 +77,9 @@ def compress_and_show(args: argparse.Namespace) -> None:
     # What can be refused at once is refused before anything is built.
     if args.out is not None:
         check_writable(args.out)
-    spec = spec_without_model(scale=args.scale, path=args.spec, settings=args.settings)
+    spec = spec_without_model(scale=args.scale, path=args.spec, settings=args.settings, quantize=args.quantize)
+    check_calibration(spec, args.quantize, args.settings, args.calibration)
+    photographs = [] if args.calibration in (None, "random") else calibration_files(args.calibration)
     image_path = default_photograph() if args.image is None else Path(args.image)
     image = open_image(image_path)
 
@@ -76,8 +88,10 @@ def compress_and_show(args: argparse.Namespace) -> None:
     x = loaded.transform(image).unsqueeze(0)
     with console.step("compressing, and checking that nothing else changes"):
         if spec is None:
-            spec = scaled_spec(loaded.model, x, args.scale, args.settings)
-        small = compress(loaded.model, spec, example_input=x).eval()
+            spec = scaled_spec(loaded.model, x, args.scale, args.settings, args.quantize)
+        # Either photographs, or the word random, or nothing.
+        calibration = calibration_batches(photographs, loaded.transform) or args.calibration
+        small = compress(loaded.model, spec, example_input=x, calibration=calibration).eval()
         folding = fold_decisions(small, x)
         deployed = fold(small, x).eval() if any(decision.folded for decision in folding) else small
     console.note(CHECKED)
@@ -92,7 +106,13 @@ def compress_and_show(args: argparse.Namespace) -> None:
         with console.step(f"writing {args.out}, loading it again and comparing"):
             # The model before folding: export folds it in the same way and says so in the file.
             written = export(
-                small, args.out, x, report=comparison, labels=loaded.labels, preprocessing=loaded.preprocessing
+                small,
+                args.out,
+                x,
+                dynamic=args.dynamic,
+                report=comparison,
+                labels=loaded.labels,
+                preprocessing=loaded.preprocessing,
             )
     outcome = Outcome(
         loaded=loaded,
@@ -148,7 +168,13 @@ def as_data(outcome: Outcome) -> dict[str, Any]:
 
 def _file_data(path: Path) -> dict[str, Any]:
     header = read_header(path)
-    return {"path": str(path), "bytes": path.stat().st_size, "format": header["format"], "made_by": header["made_by"]}
+    return {
+        "path": str(path),
+        "bytes": path.stat().st_size,
+        "format": header["format"],
+        "made_by": header["made_by"],
+        "dynamic": header["dynamic"],
+    }
 
 
 def show(outcome: Outcome) -> None:
@@ -157,7 +183,7 @@ def show(outcome: Outcome) -> None:
     height, width = loaded.input_size
     console.out(f"{loaded.reference}, {height} x {width} pixels, weights: {loaded.weights}")
     for line in record_of(outcome.small).log:
-        console.out(f"  {line}")
+        console.out(f"  {shortened(line)}")
     for decision in outcome.folding:
         console.out(f"  fold {decision}")
     console.out()
@@ -166,11 +192,22 @@ def show(outcome: Outcome) -> None:
     console.out()
     _show_predictions(outcome)
     if outcome.written is not None:
-        data = _file_data(outcome.written)
-        console.out()
-        console.out(f"wrote {data['path']}: {console.size(data['bytes'])}, TorchScript, with its spec inside")
-        console.out(f"use it, without rescompress: torch.jit.load({data['path']!r})(x)")
-        console.out(f"x is (batch, 3, {height}, {width}), normalised as rescompress inspect {data['path']} says")
+        _show_file(outcome.written, loaded.input_size)
+
+
+def _show_file(path: Path, input_size: tuple[int, int]) -> None:
+    data, name = _file_data(path), SUFFIXES[suffix_of(path) or ""]
+    height, width = input_size
+    shape = {
+        "batch": f"(batch, 3, {height}, {width})",
+        "size": "(batch, 3, height, width)",
+        "none": f"(1, 3, {height}, {width})",
+    }[data["dynamic"]]
+    console.out()
+    console.out(f"wrote {path}: {console.size(data['bytes'])}, {name}, with its spec inside")
+    console.out(f"use it, without rescompress: {_USES[data['format']].format(path=repr(str(path)))}")
+    console.out(f"or, looked at before it is loaded: rescompress.load({str(path)!r})(x)")
+    console.out(f"x is {shape}, normalised as rescompress inspect {path} says")
 
 
 def _as_deployed(folding: tuple[FoldDecision, ...]) -> str:

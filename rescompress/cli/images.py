@@ -16,6 +16,7 @@ Transform = Callable[[Image.Image], Tensor]
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 CROP = 0.875
+CALIBRATION_LIMIT, CALIBRATION_BATCH = 64, 8
 _WHITE = (1.0, 255.0, 65535.0)
 
 
@@ -69,6 +70,37 @@ def _rgb(image: Image.Image) -> Image.Image:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     return image.convert("RGB")
+
+
+def calibration_files(folder: str | Path, limit: int = CALIBRATION_LIMIT) -> list[Path]:
+    """Return images of a folder and its subfolders: at most `limit`, at equal distances in the order of their names.
+
+    The same folder gives the same images each time, and a folder for each class gives some of every class.
+
+    Raises:
+        InputError: there is no such folder, or no image in it.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        what = "is a file" if folder.exists() else "does not exist"
+        raise InputError(f"the calibration folder {folder} {what}; give a folder of photographs")
+    Image.init()  # else only the suffixes of a few formats are known
+    suffixes = set(Image.registered_extensions())
+    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in suffixes and path.is_file())
+    if not found:
+        raise InputError(f"the calibration folder {folder} holds no image that Pillow can read")
+    count = min(limit, len(found))
+    return [found[place * len(found) // count] for place in range(count)]
+
+
+def calibration_batches(files: list[Path], transform: Transform, batch_size: int = CALIBRATION_BATCH) -> list[Tensor]:
+    """Return the images as a model takes them, in batches.
+
+    Raises:
+        InputError: one of them is damaged.
+    """
+    images = [transform(open_image(file)) for file in files]
+    return [torch.stack(images[start : start + batch_size]) for start in range(0, len(images), batch_size)]
 
 
 def plain_transform(

@@ -5,7 +5,9 @@ is. It is read with zipfile, `protobuf` and json alone, so that a file of unknow
 """
 
 import json
+import stat
 import zipfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,9 @@ HEADER_SCHEMA = 1
 MAX_HEADER_BYTES = 16 * 2**20
 """No honest header comes near; a larger one is refused before it is unpacked."""
 
+MOST_NESTED = 100
+"""How deep lists and dicts in a header may be nested."""
+
 
 def header_text(header: dict[str, Any]) -> str:
     """Return the header as the text that goes into the file.
@@ -26,7 +31,8 @@ def header_text(header: dict[str, Any]) -> str:
         ExportError: it holds something that JSON cannot, or is too large to be read back.
     """
     try:
-        text = json.dumps({"header_schema": HEADER_SCHEMA, **header}, allow_nan=False)
+        header = {"header_schema": HEADER_SCHEMA, **header}
+        text = json.dumps(header, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
         raise ExportError(
             f"the report, labels or preprocessing cannot be written as JSON: {one_line(error)}; give plain numbers and "
@@ -36,6 +42,10 @@ def header_text(header: dict[str, Any]) -> str:
         raise ExportError(
             f"the header takes {len(text.encode())} bytes, more than the {MAX_HEADER_BYTES} that are read back; "
             "give a shorter report or fewer labels"
+        )
+    if _nested_deeper(header, MOST_NESTED):
+        raise ExportError(
+            f"the report or preprocessing is nested deeper than {MOST_NESTED}; give plain lists and dicts"
         )
     return text
 
@@ -60,6 +70,8 @@ def read_header(path: str | Path) -> dict[str, Any]:
         header = json.loads(data.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is damaged: its header is not JSON ({one_line(error, 200)})") from error
+    if _nested_deeper(header, MOST_NESTED):  # whoever walks through it later may be recursive
+        raise InputError(f"{path} is damaged: its header is nested deeper than {MOST_NESTED}")
     if not isinstance(header, dict) or not isinstance(header.get("spec"), dict):
         raise InputError(f"{path} is damaged: its header holds no spec")
     schema = header.get("header_schema")
@@ -82,10 +94,24 @@ def read_spec(path: str | Path) -> Spec:
         raise InputError(f"{path} holds a spec that cannot be read: {one_line(error)}") from error
 
 
+def _nested_deeper(data: Any, most: int) -> bool:
+    level = [data]
+    for _ in range(most + 1):
+        level = [item for container in level if isinstance(container, dict | list) for item in _items(container)]
+    return bool(level)
+
+
+def _items(container: dict[str, Any] | list[Any]) -> Iterable[Any]:
+    return container.values() if isinstance(container, dict) else container
+
+
 def _header_bytes(path: Path) -> bytes:
     if path.is_dir():
         raise InputError(f"{path} is a folder, not a file")
-    if path.stat().st_size == 0:
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for its writer
+        raise InputError(f"{path} is a pipe, socket or device, not a file")
+    if status.st_size == 0:
         raise InputError(f"{path} is empty")
     data = _from_onnx(path) if _may_be_onnx(path) else _from_zip(path)
     if len(data) > MAX_HEADER_BYTES:

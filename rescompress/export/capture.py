@@ -1,5 +1,6 @@
 """Capture a model as a torch.export program with the sides that may vary: what .pt2, .onnx and .aoti.pt2 start from."""
 
+import dataclasses
 import inspect
 import warnings
 from collections.abc import Callable
@@ -11,22 +12,26 @@ from torch.utils._pytree import tree_map
 
 from rescompress.errors import ExportError, RescompressWarning
 from rescompress.export.checking import Case, check, is_image, quietly, reason
+from rescompress.export.low_bits import in_form, join_maps
 from rescompress.export.prepare import Prepared
 
 
 def write_captured(
-    prepared: Prepared, name: str, write: Callable[[ExportedProgram, dict[str, Any], list[Case]], None]
+    prepared: Prepared, name: str, form: str, write: Callable[[ExportedProgram, dict[str, Any], list[Case]], None]
 ) -> None:
     """Capture the model and hand the program on; where a varying batch is beyond the exporter, capture without.
 
     Args:
         prepared: the model and what it must compute.
         name: of the format, for errors.
+        form: of low-bit layers, as `in_form` takes it.
         write: of the format.
 
     Raises:
         ExportError: no program can be made of the model, or it computes something else; the reasons are named.
     """
+    with quietly():
+        prepared = dataclasses.replace(prepared, model=in_form(prepared.model, prepared.inputs, form))
     failures = []
     for dynamic in _attempts(prepared):
         cases = prepared.cases if dynamic == prepared.dynamic else prepared.cases[:1]
@@ -76,6 +81,7 @@ def _capture(prepared: Prepared, dynamic: str, cases: list[Case]) -> tuple[Expor
             try:
                 shapes = _dynamic_shapes(prepared, dynamic, case)
                 program = export(prepared.model, *case.inputs, dynamic_shapes=shapes, strict=strict)
+                join_maps(program)
                 check(program.module(), cases)
                 return program, f"torch.export, strict={strict}"
             except Exception as error:  # see write_captured

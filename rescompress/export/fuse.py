@@ -33,19 +33,20 @@ class Fusion:
     reason: str | None
 
 
-def fuse(model: nn.Module, cases: list[Case]) -> tuple[nn.Module, Fusion]:
+def fuse(model: nn.Module, cases: list[Case], plain: nn.Module | None = None) -> tuple[nn.Module, Fusion]:
     """Return a copy with every batch norm that can be in the convolution before it, or `model` itself if none can.
 
     Args:
         model: in evaluation mode; it is not changed.
         cases: inputs and the outputs that the fused model must still give.
+        plain: the same model with its low-bit layers in a form that torch.export captures.
     """
     if not any(isinstance(module, nn.BatchNorm2d) for module in model.modules()):
         return model, Fusion((), "there is no batch norm")
     fused = surgery.clone_shared(model)
     try:
         with quietly():
-            pairs = _pairs(_graph_of(model, cases[0]), model)
+            pairs = _pairs(_graph_of(model if plain is None else plain, cases[0]), model)
             for conv, norm in pairs:
                 _fuse_pair(fused, conv, norm)
             check(fused, cases)

@@ -1,6 +1,7 @@
 """Open a written file of any format as one kind of module, after looking that nothing in it runs by being loaded."""
 
 import importlib
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,14 @@ from torch import nn
 from rescompress.errors import InputError, RescompressError
 from rescompress.export.bundle import read_header
 from rescompress.export.checking import reason
+from rescompress.export.untrusted import check_onnx
 from rescompress.spec import Spec
 
 _MODULES = {"torchscript": "torchscript", "torch.export": "program", "onnx": "onnx", "aotinductor": "package"}
 """The file of this package that opens each format."""
+
+_ONE_AT_A_TIME = threading.Lock()
+"""torch.export.load keeps its state in a global and fails in the second of two threads."""
 
 
 class LoadedProgram(nn.Module):
@@ -57,7 +62,10 @@ def open_file(path: str | Path, device: str | None = None) -> LoadedProgram:
         raise InputError(f"{path} is of format {kind!r}, and this version opens {', '.join(_MODULES)}")
     opener = importlib.import_module(f"rescompress.export.{_MODULES[kind]}")
     try:
-        program = opener.open_program(path, device)
+        with _ONE_AT_A_TIME:
+            if kind == "onnx":
+                check_onnx(path)
+            program = opener.open_program(path, device)
     except RescompressError:
         raise
     except Exception as error:  # torch's loaders raise anything on what is not what they wrote

@@ -16,6 +16,7 @@ from rescompress.errors import InputError
 from rescompress.export.bundle import HEADER_NAME, header_text
 from rescompress.export.capture import write_captured
 from rescompress.export.checking import Case, check
+from rescompress.export.low_bits import compiled_form
 from rescompress.export.paths import replacing
 from rescompress.export.prepare import Prepared
 from rescompress.export.untrusted import check_archive, reader_of
@@ -32,16 +33,26 @@ def write(prepared: Prepared, path: Path) -> None:
     Raises:
         ExportError: no program can be made of the model, it does not compile, or it computes something else.
     """
+    form = compiled_form(prepared.model)
     with replacing(path) as new:
 
         def save(program: ExportedProgram, made: dict[str, Any], cases: list[Case]) -> None:
             made_by = made["made_by"].replace("torch.export", "AOTInductor")
             text = header_text({"format": FORMAT, **prepared.header, **made, "made_by": made_by})
-            torch._inductor.aoti_compile_and_package(program, package_path=str(new))
+            with torch._inductor.config.patch(_options(form)), torch.no_grad():
+                torch._inductor.aoti_compile_and_package(program, package_path=str(new))
             _add_header(new, text)
             check(open_program(new), cases)
 
-        write_captured(prepared, ".aoti.pt2", save)
+        write_captured(prepared, ".aoti.pt2", form, save)
+
+
+def _options(form: str) -> dict[str, Any]:
+    # Freezing puts weights in the order of the processor ahead of time, and computes whatever else is constant.
+    options = {"freezing": form == "onednn"}
+    if hasattr(torch._inductor.config.aot_inductor, "enable_line_tables"):
+        options["aot_inductor.enable_line_tables"] = False  # a megabyte and more, with the paths of this machine
+    return options
 
 
 def _add_header(path: Path, text: str) -> None:

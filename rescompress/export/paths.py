@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from rescompress.errors import ExportError, did_you_mean
+from rescompress.export.seal import seal
 
 SUFFIXES = {
     ".pt": "TorchScript",
@@ -79,7 +80,8 @@ def replacing(path: Path) -> Iterator[Path]:
     """Give a temporary path to write to; at the end without an error that file takes the place of `path`.
 
     It lies in a folder of its own beside `path`, on the same file system, and has the same name, which some formats
-    keep inside. Whatever happens, nothing but the old or the new file is left.
+    keep inside. A format without checksums gets one at the end, of what was written and checked. Whatever happens,
+    nothing but the old or the new file is left.
 
     Raises:
         ExportError: the temporary folder cannot be made, or the file cannot be put in place.
@@ -91,6 +93,8 @@ def replacing(path: Path) -> Iterator[Path]:
         ) as folder:
             new = Path(folder) / target.name
             yield new
+            if suffix_of(target) == ".onnx":
+                seal(new)
             os.replace(new, target)
     except OSError as error:
         raise ExportError(f"cannot write {path}: {error.strerror or error}") from error

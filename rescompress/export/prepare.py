@@ -15,6 +15,7 @@ from rescompress.export import describe
 from rescompress.export.bundle import header_text
 from rescompress.export.checking import DYNAMIC, Case, expected_outputs, quietly, reason
 from rescompress.export.fuse import fuse
+from rescompress.export.low_bits import in_form, with_slack
 from rescompress.fold import fold, fold_decisions
 from rescompress.inputs import Args, as_args, default_input
 
@@ -71,13 +72,14 @@ def prepare(
     header_text(given)  # refused before the long work
     with quietly():
         subject = _frozen_view(model)
-        cases = expected_outputs(subject, inputs, dynamic)
+        cases = with_slack(subject, expected_outputs(subject, inputs, dynamic))
         deployed, folding, fusion = subject, None, None
         if fold_first:
             deployed, folding = _folded(subject, inputs)
-            deployed, fusion = fuse(deployed, cases)
+            deployed, fusion = fuse(deployed, cases, in_form(deployed, inputs, "plain"))
+        held = in_form(deployed, inputs, "plain")
     header = {
-        **describe.describe_model(deployed),
+        **describe.describe_model(held),
         "inputs": describe.describe_inputs(inputs),
         "batch_sizes_checked": list(dict.fromkeys(case.batch for case in cases)),
         "shapes_checked": [case.shapes for case in cases],

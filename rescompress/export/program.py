@@ -35,7 +35,7 @@ def write(prepared: Prepared, path: Path) -> None:
             torch.export.save(program, str(new), extra_files={HEADER_NAME: text})
             check(open_program(new), cases)
 
-        write_captured(prepared, ".pt2", save)
+        write_captured(prepared, ".pt2", "plain", save)
 
 
 def _strip(program: ExportedProgram) -> None:

@@ -11,6 +11,10 @@ from pathlib import Path
 from typing import BinaryIO
 
 _METADATA, _KEY, _VALUE = 14, 1, 2
+
+MOST_FIELDS = 100_000
+"""An honest model has some hundred; a file of nothing but empty fields would be read for hours."""
+
 _VARINT, _EIGHT_BYTES, _BYTES, _FOUR_BYTES = 0, 1, 2, 5
 
 
@@ -36,7 +40,9 @@ def _pairs(message: bytes) -> Iterator[tuple[int, bytes]]:
 
 def _fields(file: BinaryIO, end: int, wanted: set[int], limit: int) -> Iterator[tuple[int, bytes]]:
     """Yield number and content of the wanted fields of a message; all others are jumped over."""
-    while file.tell() < end:
+    for _ in range(MOST_FIELDS):
+        if file.tell() >= end:
+            return
         number, kind = divmod(_varint(file), 8)
         if kind == _VARINT:
             _varint(file)
@@ -52,6 +58,7 @@ def _fields(file: BinaryIO, end: int, wanted: set[int], limit: int) -> Iterator[
             yield number, file.read(length)
         else:
             file.seek(length, os.SEEK_CUR)
+    raise ValueError(f"it has more than {MOST_FIELDS} fields")
 
 
 def _varint(file: BinaryIO) -> int:

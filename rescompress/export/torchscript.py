@@ -10,6 +10,7 @@ import torch
 from rescompress.errors import ExportError, RescompressWarning
 from rescompress.export.bundle import HEADER_NAME, header_text
 from rescompress.export.checking import Case, at_other_sizes, check, quietly, reason
+from rescompress.export.low_bits import in_form, with_slack
 from rescompress.export.paths import replacing
 from rescompress.export.prepare import Prepared
 from rescompress.export.untrusted import check_archive, check_script
@@ -20,22 +21,29 @@ FORMAT = "torchscript"
 def write(prepared: Prepared, path: Path) -> None:
     """Write the program, load it again, compare it with the model, and put it at `path`.
 
-    Where it computes what the model does at the example's image size alone, the header and a warning say so.
+    Where it computes what the model does at the example's batch or image size alone, the header and a warning say so.
 
     Raises:
         ExportError: no program can be made of the model, or it computes something else.
     """
     with replacing(path) as new:
         with quietly():
-            others = at_other_sizes(prepared.original, prepared.inputs)
+            others = with_slack(prepared.original, at_other_sizes(prepared.original, prepared.inputs))
             one_size = _write_checked(prepared, others, new)
-        if one_size and others and prepared.dynamic != "none":
-            # Before the file takes its place: where warnings are errors, the older file must stay.
+        # Before the file takes its place: where warnings are errors, the older file must stay.
+        if prepared.dynamic == "batch" and len(prepared.cases) == 1:
+            warnings.warn(
+                f"this {type(prepared.model).__name__} is written for its example's batch size alone "
+                f"({prepared.cases[0].batch}): the model itself takes no other",
+                RescompressWarning,
+                stacklevel=3,
+            )
+        if prepared.dynamic != "none" and one_size and others:
             warnings.warn(
                 f"{path} is for the image size of the example input alone: at others the program does not compute "
                 "what the model does; write one file for each size",
                 RescompressWarning,
-                stacklevel=4,
+                stacklevel=3,
             )
 
 
@@ -45,7 +53,8 @@ def _write_checked(prepared: Prepared, others: list[Case], path: Path) -> bool:
     Returns:
         Whether the program is right at the example's image size alone.
     """
-    model, inputs = prepared.model, prepared.inputs
+    inputs = prepared.inputs
+    model = in_form(prepared.model, inputs, "script")
     makers: dict[str, Callable[[], Any]] = {
         # First, because decisions on sizes stay decisions; a trace records how they fell for the example.
         "script": lambda: torch.jit.script(model),

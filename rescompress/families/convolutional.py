@@ -90,7 +90,7 @@ def _convolutions_called(model: nn.Module, args: tuple[Any, ...], kwargs: dict[s
 FAMILY = Family(
     name="convolutional",
     summary="any other convolutional network, probed by one run (RegNet, ConvNeXt, MobileNet, EfficientNet, ...)",
-    methods=("stem_resize", "input_resize"),
+    methods=("stem_resize", "input_resize", "quantize"),
     hosts=(),
     describe=describe,
 )

@@ -32,7 +32,7 @@ def describe(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
 FAMILY = Family(
     name="resnet",
     summary="ResNets of timm and torchvision, deep stems too",
-    methods=("stem_resize", "input_resize"),
+    methods=("stem_resize", "input_resize", "quantize"),
     hosts=("timm.models.resnet.ResNet", "torchvision.models.resnet.ResNet"),
     describe=describe,
 )

@@ -100,7 +100,7 @@ def _pair(kernel: tuple[int, ...]) -> tuple[int, int]:
 FAMILY = Family(
     name="vit",
     summary="plain Vision Transformers of timm (DeiT, DeiT-3, DINOv2, SigLIP, CLIP, AugReg, ...) and torchvision",
-    methods=("patch_resize", "input_resize", "token_pool", "token_merge"),
+    methods=("patch_resize", "input_resize", "token_pool", "token_merge", "quantize"),
     hosts=(TIMM, TORCHVISION),
     describe=describe,
 )

@@ -2,6 +2,7 @@
 
 import importlib
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -62,6 +63,33 @@ def unpack_int4(packed: Tensor, dtype: torch.dtype) -> Tensor:
     """Undo `pack_int4`, into whole numbers of type `dtype`."""
     pairs = torch.stack((packed & 15, packed >> 4), dim=-1)
     return pairs.flatten(-2).to(dtype) - 8
+
+
+def in_plain_order(ordered: Tensor, shape: tuple[int, int], order: Callable[[Tensor], Tensor]) -> Tensor:
+    """Undo `order`, a function that moves the half bytes of a packed int4 tensor around.
+
+    torch has no operator for the way back. Where each half byte went is found by sending their own places through,
+    four bits at a time.
+
+    Args:
+        ordered: what `order` gave.
+        shape: shape of the packed tensor that it was given.
+        order: the function.
+    """
+    count = shape[0] * shape[1] * 2
+    places = torch.arange(count, device=ordered.device).reshape(shape[0], -1)
+    came_from = torch.zeros(count, dtype=torch.long, device=ordered.device)
+    for bit in range(0, max(count - 1, 1).bit_length(), 4):
+        digits = ((places >> bit) & 15) - 8
+        came_from |= _half_bytes(order(pack_int4(digits))).long() << bit
+    values = torch.empty(count, dtype=torch.uint8, device=ordered.device)
+    values[came_from] = _half_bytes(ordered)
+    return pack_int4(values.to(torch.int8).reshape(shape[0], -1) - 8)
+
+
+def _half_bytes(packed: Tensor) -> Tensor:
+    flat = packed.contiguous().reshape(-1).view(torch.uint8)
+    return torch.stack((flat & 15, flat >> 4), dim=-1).flatten()
 
 
 def _affine(

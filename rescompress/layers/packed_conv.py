@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from rescompress.layers.composite import padding_of
 from rescompress.layers.integers import int8_rows
+from rescompress.layers.low_bits import LowBits
 from rescompress.layers.norm_folding import folded
 
 
-class Int8StaticConv2d(nn.Module):
+class Int8StaticConv2d(LowBits):
     """A convolution in int8 whose input and output ranges come from calibration (w8a8_static).
 
     A map that is quantized already is taken as it is. Where only other such convolutions read the output, it stays
@@ -52,7 +53,6 @@ class Int8StaticConv2d(nn.Module):
         self.stride, self.dilation = list(conv.stride), list(conv.dilation)
         self.padding = [padding[0][0], padding[1][0]]
         self.groups = conv.groups
-        self.kernel = self.KERNELS[0]
         self.stays_quantized = False
         self.input_scale, self.input_zero_point = affine(*input_range)
         self.output_scale, self.output_zero_point = affine(*output_range)
@@ -114,7 +114,7 @@ class Int8StaticConv2d(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         others = {name: value for name, value in state.items() if name != "plain"}
-        super().__setstate__(others)  # type: ignore[no-untyped-call]
+        super().__setstate__(others)
         self._take(state["plain"])
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:

@@ -1,7 +1,7 @@
-"""Linear layers with low-bit weights in plain buffers, computed by aten operators that TorchScript writes.
+"""Linear layers with int8 weights in plain buffers, computed by aten operators that TorchScript writes.
 
 Each class lists the ways to compute it as KERNELS, the first being the reference that the others must agree with;
-`rescompress.layers.kernels` times them and sets `kernel`. The arithmetic is that of torchao's int8 and int4 tensors.
+`rescompress.layers.kernels` times them and sets `kernel`. The arithmetic is that of torchao's int8 tensors.
 """
 
 from typing import Any, ClassVar
@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rescompress.layers.integers import SMALLEST_SCALE, int4_groups, int8_rows, unpack_int4
+from rescompress.layers.integers import SMALLEST_SCALE, int8_rows
+from rescompress.layers.low_bits import LowBits
 
 
 def int_matmul(a: Tensor, weight: Tensor) -> Tensor:
@@ -20,10 +21,18 @@ def int_matmul(a: Tensor, weight: Tensor) -> Tensor:
         - Input: (M, K) int8 or uint8 and (N, K) int8
         - Output: (M, N) int32
     """
-    rows = a.shape[0]
-    if a.is_cuda and rows <= 16:  # cuBLAS takes more than 16 rows
-        return torch._int_mm(F.pad(a, [0, 0, 0, 17 - rows]), weight.t())[:rows]
-    return torch._int_mm(a, weight.t())
+    return in_eights(a, weight) if a.is_cuda else torch._int_mm(a, weight.t())
+
+
+def in_eights(a: Tensor, weight: Tensor) -> Tensor:
+    """Return what `int_matmul` does, within what cuBLAS takes: more than 16 rows, inputs and outputs in eights."""
+    rows, outputs = a.shape[0], weight.shape[0]
+    inputs_more, outputs_more = (8 - a.shape[1] % 8) % 8, (8 - outputs % 8) % 8
+    if rows <= 16 or inputs_more > 0:
+        a = F.pad(a, [0, inputs_more, 0, max(17 - rows, 0)])
+    if inputs_more > 0 or outputs_more > 0:
+        weight = F.pad(weight, [0, inputs_more, 0, outputs_more])
+    return torch._int_mm(a, weight.t())[:rows, :outputs]
 
 
 def scaled_matmul(values: Tensor, weight: Tensor, input_scale: Tensor, weight_scale: Tensor, kernel: str) -> Tensor:
@@ -43,20 +52,18 @@ def scaled_matmul(values: Tensor, weight: Tensor, input_scale: Tensor, weight_sc
     return (sums * input_scale).to(values.dtype) * weight_scale.to(values.dtype)
 
 
-class QuantizedLinear(nn.Module):
+class QuantizedLinear(LowBits):
     """What the low-bit linear layers share: the bias, the kernel, and loading a checkpoint from before.
 
     A state dict with a floating-point `weight` is quantized while it is loaded.
     """
 
-    KERNELS: ClassVar[tuple[str, ...]] = ("reference",)
     bias: Tensor | None
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
         self.in_features = linear.in_features
         self.out_features = linear.out_features
-        self.kernel = self.KERNELS[0]
         self.register_parameter("bias", linear.bias)
 
     def quantized(self, weight: Tensor) -> dict[str, Tensor]:
@@ -181,49 +188,3 @@ class Int8StaticLinear(Int8WeightLinear):
         if bias is not None:
             y = y + bias
         return y
-
-
-class Int4WeightLinear(QuantizedLinear):
-    """A linear layer whose weight is int4, two values to a byte, with one scale for each group of inputs (w4).
-
-    Args:
-        linear: what it replaces.
-        group_size: inputs that share a scale.
-
-    Shape:
-        - Input: (*, I)
-        - Output: (*, O)
-    """
-
-    KERNELS: ClassVar[tuple[str, ...]] = ("shift", "lookup")
-    weight: Tensor
-    weight_scale: Tensor
-
-    def __init__(self, linear: nn.Linear, group_size: int) -> None:
-        super().__init__(linear)
-        self.group_size = group_size
-        for name, value in self.quantized(linear.weight).items():
-            self.register_buffer(name, value)
-
-    def quantized(self, weight: Tensor) -> dict[str, Tensor]:
-        packed, scale = int4_groups(weight, self.group_size)
-        return {"weight": packed, "weight_scale": scale}
-
-    def dequantized(self) -> Tensor:
-        return self._scaled(unpack_int4(self.weight, self.weight_scale.dtype), self.weight_scale)
-
-    def _scaled(self, values: Tensor, scale: Tensor) -> Tensor:
-        groups = values.reshape(self.out_features, -1, self.group_size) * scale[:, :, None]
-        return groups.reshape(self.out_features, self.in_features)
-
-    def forward(self, x: Tensor) -> Tensor:
-        scale = self.weight_scale.to(x.dtype)
-        if self.kernel == "lookup":  # the two values of each of the 256 bytes
-            bytes_ = torch.arange(256, dtype=torch.uint8, device=x.device)
-            values = F.embedding(self.weight.int(), unpack_int4(bytes_[:, None], x.dtype))
-        else:
-            values = unpack_int4(self.weight, x.dtype)
-        return F.linear(x, self._scaled(values, scale), self.bias)
-
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, group_size={self.group_size}"

@@ -92,6 +92,14 @@ def _addbmm_flop(_bias: Any, a: Any, b: Any, *_args: Any, **_kwargs: Any) -> int
     return 2 * int(math.prod(a)) * int(b[-1])
 
 
+def _qconv_flop(_x: Any, _x_scale: Any, _x_zero: Any, weight: Any, *_args: Any, out_shape: Any, **_kwargs: Any) -> int:
+    return 2 * int(math.prod(out_shape)) * int(math.prod(weight) // out_shape[1])
+
+
+def _packed_conv_flop(_x: Any, packed: Any, *_args: Any, out_shape: Any, **_kwargs: Any) -> int:
+    return 2 * int(math.prod(out_shape)) * int(math.prod(packed.unpack()[0].shape[1:]))
+
+
 _EXTRA_FORMULAS = {
     ("aten", "mv"): _mv_flop,
     ("aten", "dot"): _mv_flop,
@@ -103,6 +111,9 @@ _EXTRA_FORMULAS = {
     ("aten", "_weight_int8pack_mm"): _rows_flop,
     ("aten", "_weight_int4pack_mm"): _rows_flop,
     ("aten", "_weight_int4pack_mm_for_cpu"): _rows_flop,
+    ("onednn", "qconv_pointwise"): _qconv_flop,
+    ("quantized", "conv2d"): _packed_conv_flop,
+    ("quantized", "conv2d_relu"): _packed_conv_flop,
     ("quantized", "linear"): _rows_flop,
     ("quantized", "linear_relu"): _rows_flop,
     ("quantized", "linear_dynamic"): _rows_flop,

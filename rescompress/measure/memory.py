@@ -30,11 +30,13 @@ def plain_tensors(tensor: Any) -> Iterator[Tensor]:
 
 
 def _packed(model: nn.Module) -> Iterator[Tensor]:
-    """Yield weights that quantized modules keep in packed objects, which are neither parameters nor buffers."""
+    """Yield weights that quantized modules keep in packed objects or in oneDNN's order, not as buffers."""
     for module in model.modules():
         for value in list(vars(module).values()):
             if isinstance(value, torch.ScriptObject) and hasattr(value, "unpack"):
                 yield from tensors_of(value.unpack())
+            elif isinstance(value, Tensor) and value.is_mkldnn:
+                yield value.to_dense()  # the same bytes, and a storage to count them by
 
 
 def weight_bytes(model: nn.Module) -> int:

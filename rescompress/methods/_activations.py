@@ -1,5 +1,6 @@
 """Run a model on samples and see who computes what: shapes and ranges of activations, and which layer feeds which."""
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from rescompress import surgery
+from rescompress.errors import SpecError, one_line
 
 ROLES = ("conv", "norm", "act")
 """What may follow a convolution one after the other: its own output, a BatchNorm's, an activation's."""
@@ -35,6 +37,10 @@ class Seen:
     output_ranges: dict[str, tuple[float, float]] = field(default_factory=dict)
     readers: dict[str, list[str]] = field(default_factory=dict)
 
+    def edges(self) -> tuple[float, ...]:
+        """Return both ends of all ranges."""
+        return (*self.input_range, *(edge for found in self.output_ranges.values() for edge in found))
+
     def norm(self) -> str:
         """Return the FQN of the BatchNorm that alone reads the output; "" if there is none."""
         readers = self.readers.get("conv", [])
@@ -57,6 +63,9 @@ def observe(
         model: the model, which stays as it is.
         samples: (args, kwargs) of each run; who reads what is taken from the first.
         names: FQNs of linear layers and convolutions.
+
+    Raises:
+        SpecError: it does not run on one of them.
     """
     clone = surgery.clone_shared(model).eval()
     watch = _Watch()
@@ -71,8 +80,13 @@ def observe(
             module.register_forward_hook(lambda *_: watch.leave())
     for run, (args, kwargs) in enumerate(samples):
         watch.start(first=run == 0)
-        with torch.no_grad(), watch:
-            clone(*args, **kwargs)
+        try:
+            with torch.no_grad(), watch:
+                clone(*args, **kwargs)
+        except Exception as error:  # the host's own code runs here and may raise anything
+            raise SpecError(
+                f"quantize: {type(model).__name__} does not run on calibration batch {run}: {one_line(error)}"
+            ) from error
     for seen in watch.seen.values():
         readers = seen.readers.get("conv", [])
         seen.readers["conv"] = [
@@ -161,5 +175,7 @@ def _tensors(args: Any) -> Iterable[Tensor]:
 def _wider(known: tuple[float, float], values: Tensor) -> tuple[float, float]:
     if values.numel() == 0 or not values.is_floating_point() or values.is_meta:
         return known
-    low, high = values.aminmax()
-    return min(known[0], low.item()), max(known[1], high.item())
+    low, high = (edge.item() for edge in values.aminmax())
+    if math.isnan(low) or math.isnan(high):  # which min and max would pass over
+        return float("nan"), float("nan")
+    return min(low, known[0]), max(high, known[1])

@@ -6,16 +6,13 @@ import torch
 from torch import Tensor, nn
 
 from rescompress import surgery
+from rescompress.layers.int4_linear import Int4WeightLinear
 from rescompress.layers.kernels import Timing, choose_kernel
+from rescompress.layers.low_bits import LowBits
 from rescompress.layers.norm_folding import FoldedNorm, FoldOnLoad, without_norm
 from rescompress.layers.packed_conv import Int8StaticConv2d, quiet
 from rescompress.layers.quantized_conv import Int8DynamicConv2d, Int8WeightConv2d, why_not
-from rescompress.layers.quantized_linear import (
-    Int4WeightLinear,
-    Int8DynamicLinear,
-    Int8StaticLinear,
-    Int8WeightLinear,
-)
+from rescompress.layers.quantized_linear import Int8DynamicLinear, Int8StaticLinear, Int8WeightLinear
 from rescompress.methods._activations import Seen
 
 FEWEST_WEIGHTS = 1024
@@ -66,32 +63,36 @@ class Done:
     left: str = ""
 
 
-def plan_of(model: nn.Module, name: str, seen: Seen, scheme: str, group_size: int) -> Plan | str:
+def plan_of(model: nn.Module, name: str, seen: Seen, choice: Choice) -> Plan | str:
     """Return how a layer is replaced, or why it cannot be."""
-    layer = surgery.get(model, name)
+    layer, scheme = surgery.get(model, name), choice.scheme
     weight = layer.weight
     if not isinstance(weight, Tensor):
         return "its weight is no tensor"
-    if weight.numel() < FEWEST_WEIGHTS:
-        return f"fewer than {FEWEST_WEIGHTS} weights"
+    if not weight.is_floating_point():
+        return f"its weight is {weight.dtype}"
+    if weight.is_meta and not choice.exact:
+        return "it is on the meta device, where weights have no values"
+    if isinstance(layer, nn.Linear) and type(layer) is not nn.Linear:
+        return f"{type(layer).__name__} has a forward or a reader of its own"
+    reason = why_not(layer) if isinstance(layer, nn.Conv2d) and scheme != "w4" else ""
+    if reason or weight.numel() < FEWEST_WEIGHTS:
+        return reason or f"fewer than {FEWEST_WEIGHTS} weights"
     if isinstance(layer, nn.Linear):
-        if type(layer) is not nn.Linear:
-            return f"{type(layer).__name__} has a forward or a reader of its own"
-        if scheme == "w4" and layer.in_features % group_size:
-            return f"its inputs are no multiple of group_size={group_size}"
+        if scheme == "w4" and layer.in_features % choice.group_size:
+            return f"its inputs are no multiple of group_size={choice.group_size}"
         return Plan(name)
     if scheme == "w4":
         return "w4 is for linear layers (w8 makes convolutions smaller, w8a8 faster)"
     if not isinstance(layer, nn.Conv2d):
         return f"{type(layer).__name__} is no linear layer and no convolution"
-    reason = why_not(layer)
-    if reason or scheme == "w8":
-        return reason or Plan(name)
+    if scheme == "w8":
+        return Plan(name)
     if scheme == "w8a8" and layer.groups > 1:
         return "grouped convolutions gain nothing from w8a8 (w8a8_static makes them faster)"
     if scheme == "w8a8_static" and weight.device.type not in ("cpu", "meta"):
         return f"w8a8_static has no int8 convolution on {weight.device.type} (w8a8 has)"
-    if scheme == "w8a8_static" and weight.dtype in (torch.float16, torch.bfloat16):
+    if scheme == "w8a8_static" and weight.dtype != torch.float32 and not choice.exact:
         return f"w8a8_static convolves float32 maps, not {weight.dtype}"
     norm = seen.norm()
     if norm and not _foldable(surgery.get(model, norm)):
@@ -148,7 +149,7 @@ def _replacement(
         exact = without_norm(old, norm)
         if choice.exact:
             return Done(plan.name, weights), exact if norm is not None else _as_it_is(old)
-        new: nn.Module
+        new: LowBits
         if choice.scheme == "w8":
             new = Int8WeightConv2d(old)
         elif choice.scheme == "w8a8":
@@ -173,7 +174,7 @@ def _as_it_is(layer: nn.Module) -> nn.Module:
     return surgery.clone_shared(layer)
 
 
-def _linear(old: nn.Linear, seen: Seen, choice: Choice) -> nn.Module:
+def _linear(old: nn.Linear, seen: Seen, choice: Choice) -> LowBits:
     if choice.scheme == "w8":
         return Int8WeightLinear(old)
     if choice.scheme == "w8a8":
@@ -196,10 +197,13 @@ def _computes_right(conv: Int8StaticConv2d, seen: Seen) -> bool:
     return gap <= 1.5 * conv.output_scale  # neighbours in rounding are right
 
 
-def _timed(new: nn.Module, exact: nn.Module, seen: Seen) -> Timing:
+def _timed(new: LowBits, exact: nn.Module, seen: Seen) -> Timing:
     reference = next(exact.parameters())
     generator = torch.Generator(device=reference.device).manual_seed(0)
     shape = (min(seen.input_shape[0], LARGEST_BATCH), *seen.input_shape[1:])
     x = torch.randn(shape, generator=generator, dtype=reference.dtype, device=reference.device)
+    as_before = x
+    if isinstance(new, Int8DynamicConv2d):  # these hand maps on in this order
+        x = x.contiguous(memory_format=torch.channels_last)
     with quiet():
-        return choose_kernel(new, x, exact)
+        return choose_kernel(new, x, lambda _: exact(as_before))

@@ -5,6 +5,7 @@ https://arxiv.org/abs/1712.05877
 """
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, ClassVar
@@ -14,11 +15,14 @@ from torch import nn
 
 from rescompress.anatomy import Anatomy, ConvAnatomy, ViTAnatomy
 from rescompress.errors import SpecError, did_you_mean
+from rescompress.layers.low_bits import LowBits
 from rescompress.methods._activations import Seen, observe
 from rescompress.methods._low_bits import Choice, Plan, build, plan_of
 from rescompress.spec import Applied, Run, Samples, Stage, Step, check_choice, is_int
 
 SCHEMES = ("w8", "w8a8", "w8a8_static", "w4")
+LEFT = "left in floating point"
+"""How a line of the log begins that gives a reason and, behind a colon, the layers that it holds for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,33 +86,40 @@ class Quantize(Step):
                 "quantize.scheme='w8a8_static' needs inputs to find the ranges of activations with: pass "
                 "calibration=batches to compress, or calibration='random' for noise, or use scheme='w8a8'"
             )
+        self._check_first(model)
         names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
         self._check_patterns(names, type(model).__name__)
         example = _example_run(model, anatomy) if samples.example is None else samples.example
         seen = observe(model, samples.calibration if static else (example,), names)
         left = self._left_out(names, seen, anatomy)
+        choice = Choice(self.scheme, self.group_size, self.only_faster, self.exact)
         plans: list[Plan] = []
         for name in names:
             if name in left:
                 continue
-            plan = plan_of(model, name, seen[name], self.scheme, self.group_size)
+            plan = plan_of(model, name, seen[name], choice)
             if isinstance(plan, str):
                 left[name] = plan
             else:
                 plans.append(plan)
-        done = (
-            []
-            if not plans
-            else build(model, plans, seen, Choice(self.scheme, self.group_size, self.only_faster, self.exact))
-        )
+        done = build(model, plans, seen, choice)
         left |= {found.name: found.left for found in done if found.left}
         if all(found.left for found in done):
             raise SpecError(
                 f"quantize.scheme={self.scheme!r} leaves every layer of this {type(model).__name__} in floating "
-                f"point: {'; '.join(_grouped(left)) or 'it has no linear layer and no convolution'}"
+                f"point: {'; '.join(_grouped(left, most=3)) or 'it has no linear layer and no convolution'}"
             )
         noise = ("ranges of activations are from noise: speed is real, accuracy is not",) if samples.random else ()
         return Applied(anatomy, (*_told(self.scheme, done), *_grouped(left), *(noise if static else ())))
+
+    def _check_first(self, model: nn.Module) -> None:
+        """Refuse a second step that does not say which layers the first one left for it."""
+        low_bits = [name for name, module in model.named_modules() if isinstance(module, LowBits)]
+        if low_bits and not self.include:
+            raise SpecError(
+                f"this {type(model).__name__} is quantized already: {len(low_bits)} layers such as {low_bits[0]!r}; "
+                "quantize the original, or name the layers for a second step with quantize.include"
+            )
 
     def _check_patterns(self, names: list[str], model: str) -> None:
         for option in ("include", "exclude"):
@@ -135,6 +146,8 @@ class Quantize(Step):
                 left[name] = "not included"
             elif name not in seen:
                 left[name] = "never called as a layer: its weight is read elsewhere"
+            elif not all(math.isfinite(edge) for edge in seen[name].edges()):
+                left[name] = "infinite or NaN values pass through it"
             elif name == first and not (self.first_conv or named):
                 left[name] = "reads the image (first_conv=True quantizes it)"
             elif name == last and not (self.head or named):
@@ -157,15 +170,21 @@ def _told(scheme: str, done: list[Any]) -> list[str]:
     if timed:
         before, after = sum(timing.float_ms for timing in timed), sum(timing.kernel_ms for timing in timed)
         lines.append(f"these layers alone: {before:.2f} ms in floating point, {after:.2f} ms now")
+        if after > before:
+            lines.append(f"{scheme} makes the model slower on this machine; only_faster=True keeps what is not")
     if slower:
         some = ", ".join(found.name for found in slower[:4]) + (", ..." if len(slower) > 4 else "")
-        lines.append(f"slower than in floating point on this machine: {len(slower)} of {len(timed)} layers ({some})")
+        lines.append(f"slower one by one than in floating point: {len(slower)} of {len(timed)} layers ({some})")
     return lines
 
 
-def _grouped(left: dict[str, str]) -> list[str]:
-    """Return one line for each reason why layers stay in floating point."""
+def _grouped(left: dict[str, str], most: int | None = None) -> list[str]:
+    """Return one line for each reason why layers stay in floating point, with at most so many names."""
     names: dict[str, list[str]] = {}
     for name, reason in left.items():
         names.setdefault(reason, []).append(name)
-    return [f"left in floating point, {reason}: {', '.join(found)}" for reason, found in names.items()]
+    lines = []
+    for reason, found in names.items():
+        more = f" and {len(found) - most} more" if most is not None and len(found) > most else ""
+        lines.append(f"{LEFT}, {reason}: {', '.join(found[:most])}{more}")
+    return lines

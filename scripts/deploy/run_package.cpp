@@ -7,9 +7,10 @@ int main(int count, char** values) {
   try {
     const Options options = parse(count, values);
     torch::InferenceMode no_gradients;
-    torch::inductor::AOTIModelPackageLoader program(options.path);
+    // One runner for each thread: a runner's calls wait for each other.
+    torch::inductor::AOTIModelPackageLoader program(options.path, "model", false, options.threads);
     const torch::Tensor input = read_input(options.shape);
-    write_output(run_and_time([&] { return program.run({input}).at(0); }, options.repeat));
+    write_output(run_and_time([&] { return program.run({input}).at(0); }, options));
   } catch (const std::exception& error) {
     std::fprintf(stderr, "error: %s\n", error.what());
     return 1;

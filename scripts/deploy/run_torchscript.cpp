@@ -11,7 +11,7 @@ int main(int count, char** values) {
     torch::jit::Module program = torch::jit::load(options.path, torch::kCPU, extra);
     std::fprintf(stderr, "%s: header of %zu bytes\n", options.path.c_str(), extra["rescompress.json"].size());
     const torch::Tensor input = read_input(options.shape);
-    write_output(run_and_time([&] { return program.forward({input}).toTensor(); }, options.repeat));
+    write_output(run_and_time([&] { return program.forward({input}).toTensor(); }, options));
   } catch (const std::exception& error) {
     std::fprintf(stderr, "error: %s\n", error.what());
     return 1;

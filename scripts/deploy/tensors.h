@@ -3,32 +3,43 @@
 
 #include <torch/torch.h>
 
+#include <atomic>
 #include <chrono>
 #include <cstdio>
 #include <functional>
+#include <mutex>
 #include <sstream>
 #include <stdexcept>
 #include <string>
+#include <thread>
 #include <vector>
 
 struct Options {
   std::string path;
   std::vector<int64_t> shape;
   int repeat = 0;
+  int threads = 1;
 };
 
 inline Options parse(int count, char** values) {
-  if (count != 3 && count != 4) {
-    throw std::invalid_argument("usage: PROGRAM FILE SHAPE [REPEAT] < input.f32 > output.f32, SHAPE like 1x3x224x224");
-  }
+  const char* const usage =
+      "usage: PROGRAM FILE SHAPE [REPEAT] [--threads N] < input.f32 > output.f32, SHAPE like 1x3x224x224";
   Options options;
-  options.path = values[1];
-  std::stringstream sides(values[2]);
+  std::vector<std::string> given(values + 1, values + count);
+  if (given.size() >= 2 && given[given.size() - 2] == "--threads") {
+    options.threads = std::stoi(given.back());
+    given.resize(given.size() - 2);
+  }
+  if ((given.size() != 2 && given.size() != 3) || options.threads < 1) {
+    throw std::invalid_argument(usage);
+  }
+  options.path = given[0];
+  std::stringstream sides(given[1]);
   for (std::string side; std::getline(sides, side, 'x');) {
     options.shape.push_back(std::stoll(side));
   }
-  if (count == 4) {
-    options.repeat = std::stoi(values[3]);
+  if (given.size() == 3) {
+    options.repeat = std::stoi(given[2]);
   }
   return options;
 }
@@ -52,16 +63,46 @@ inline void write_output(const torch::Tensor& output) {
   }
 }
 
-// Runs once for the result, and `repeat` times more for the clock.
-inline torch::Tensor run_and_time(const std::function<torch::Tensor()>& run, int repeat) {
-  torch::Tensor output = run();
-  const auto start = std::chrono::steady_clock::now();
-  for (int i = 0; i < repeat; ++i) {
-    run();
+// Runs once for the result, and `repeat` times more in each thread for the clock; all outputs must be the same.
+inline torch::Tensor run_and_time(const std::function<torch::Tensor()>& run, const Options& options) {
+  for (int i = 0; i < 3 && options.threads > 1; ++i) {
+    run();  // TorchScript rewrites itself in its first runs, which can change the last bits
   }
-  if (repeat > 0) {
-    const std::chrono::duration<double, std::milli> spent = std::chrono::steady_clock::now() - start;
-    std::fprintf(stderr, "%.3f ms a run\n", spent.count() / repeat);
+  const torch::Tensor output = run();
+  std::atomic<int> different{0};
+  std::string failure;
+  std::mutex failing;
+  const auto repeated = [&] {
+    try {
+      torch::InferenceMode no_gradients;  // of this thread
+      for (int i = 0; i < options.repeat; ++i) {
+        const torch::Tensor again = run();
+        if (options.threads > 1 && !torch::equal(again, output)) {  // alone, the clock is for the runs only
+          ++different;
+        }
+      }
+    } catch (const std::exception& error) {
+      const std::lock_guard<std::mutex> one_at_a_time(failing);
+      failure = error.what();
+    }
+  };
+  const auto start = std::chrono::steady_clock::now();
+  std::vector<std::thread> threads;
+  for (int i = 0; i < options.threads; ++i) {
+    threads.emplace_back(repeated);
+  }
+  for (std::thread& thread : threads) {
+    thread.join();
+  }
+  const std::chrono::duration<double, std::milli> spent = std::chrono::steady_clock::now() - start;
+  if (!failure.empty()) {
+    throw std::runtime_error(failure);
+  }
+  if (different > 0) {
+    throw std::runtime_error(std::to_string(different) + " outputs differ between the threads");
+  }
+  if (options.repeat > 0) {
+    std::fprintf(stderr, "%.3f ms a run\n", spent.count() / options.repeat / options.threads);
   }
   return output;
 }

@@ -1,5 +1,6 @@
 """`rescompress compress` shows before and after, and the file that it writes computes what it showed."""
 
+import importlib
 import json
 import os
 
@@ -9,8 +10,10 @@ import torch
 from PIL import Image
 
 import rescompress as rc
+from rescompress.cli import console
 from rescompress.cli.images import open_image
 from rescompress.cli.models import Request, load_model
+from rescompress.export import read_header
 from rescompress.measure import count_macs
 
 RESNET = ("compress", "resnet18", "--random", "--input-size", "64")
@@ -48,6 +51,7 @@ def test_json_is_pure_and_true(run, here, photo):
         "bytes": os.path.getsize("small.pt"),
         "format": "torchscript",
         "made_by": "script",
+        "dynamic": "batch",
     }
     with torch.no_grad():
         for name, outputs in (("original", loaded.model(x)), ("compressed", torch.jit.load("small.pt")(x))):
@@ -129,9 +133,98 @@ def test_weights_of_a_file_are_used(run, here, photo):
     assert "weights: mine.pth" in ran.out
     assert "class 2" in ran.out
     assert "mean nothing" not in ran.out + ran.err
-    written = torch.jit.load("small.pt").state_dict()
-    torch.testing.assert_close(written["fc.weight"], state["fc.weight"])
-    torch.testing.assert_close(written["layer4.1.conv2.weight"], state["layer4.1.conv2.weight"])
+    # Its convolutions hold the batch norms behind them, so that what shows the weights is the outputs.
+    torch.testing.assert_close(torch.jit.load("small.pt").state_dict()["fc.weight"], state["fc.weight"])
+    model = timm.create_model("resnet18", num_classes=3)
+    model.load_state_dict(state)
+    x = torch.randn(2, 3, 64, 64)
+    small = rc.compress(model, scale=0.5, example_input=x).eval()
+    with torch.no_grad():
+        wanted = small(x)
+        torch.testing.assert_close(torch.jit.load("small.pt")(x), wanted, rtol=0, atol=1e-4 * wanted.abs().max().item())
+
+
+NET = """
+import torch
+def build():
+    torch.manual_seed(0)
+    stem, norm = torch.nn.Conv2d(3, 4, 3, padding=1), torch.nn.BatchNorm2d(4)
+    return torch.nn.Sequential(stem, norm, torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(4, 3))
+"""
+
+FORMATS = [
+    (".pt", "TorchScript", "torch.jit.load('small.pt')(x)"),
+    (".pt2", "torch.export", "torch.export.load('small.pt2').module()(x)"),
+    (".onnx", "ONNX", "session = onnxruntime.InferenceSession('small.onnx'); session.run(None, "),
+    pytest.param(
+        ".aoti.pt2",
+        "compiled by AOTInductor",
+        "torch._inductor.aoti_load_package('small.aoti.pt2')(x)",
+        marks=pytest.mark.slow,
+    ),
+]
+
+
+@pytest.mark.parametrize(("suffix", "called", "use"), FORMATS)
+def test_how_to_use_the_file_is_said_and_true(suffix, called, use, run, here, photo):
+    (here / "mynet.py").write_text(NET)
+
+    ran = run(
+        "compress", "mynet:build", "--input-size", "32", "--scale", "0.5", "--image", photo, "--quick",
+        "--out", f"small{suffix}",
+    )  # fmt: skip
+
+    assert (ran.code, ran.warnings) == (0, [])
+    assert f"wrote small{suffix}: {console.size(os.path.getsize(f'small{suffix}'))}, {called}" in ran.out
+    said = next(line for line in ran.out.splitlines() if line.startswith("use it, without rescompress: "))
+    assert use in said
+    assert "x is (batch, 3, 32, 32)" in ran.out
+    x = torch.randn(3, 3, 32, 32)
+    first, _, last = said.partition(": ")[2].rpartition("; ")
+    names = {"torch": torch, "x": x, **({"onnxruntime": importlib.import_module("onnxruntime")} if first else {})}
+    exec(first, names)
+    found = eval(last, names)
+    found = torch.from_numpy(found[0]) if isinstance(found, list) else found
+    assert found.shape == (3, 3)
+    torch.testing.assert_close(found, rc.load(f"small{suffix}")(x), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("dynamic", "said"), [("size", "x is (batch, 3, height, width)"), ("none", "x is (1, 3, 32, 32)")]
+)
+def test_dynamic_says_what_may_vary(dynamic, said, run, here, photo):
+    (here / "mynet.py").write_text(NET)
+
+    ran = run(
+        "compress", "mynet:build", "--input-size", "32", "--scale", "0.5", "--image", photo, "--quick",
+        "--out", "small.pt2", "--dynamic", dynamic,
+    )  # fmt: skip
+
+    assert ran.code == 0
+    assert said in ran.out
+    assert read_header("small.pt2")["dynamic"] == dynamic
+    x = torch.randn(4, 3, 48, 64)
+    if dynamic == "size":
+        assert rc.load("small.pt2")(x).shape == (4, 3)
+    else:
+        with pytest.raises((AssertionError, RuntimeError)):
+            rc.load("small.pt2")(x)
+
+
+def test_an_unknown_choice_of_dynamic_is_wrong_usage(run):
+    ran = run("compress", "resnet18", "--scale", "0.5", "--dynamic", "bacth")
+
+    assert (ran.code, ran.errors) == (2, ["error: unknown dynamic 'bacth'; did you mean 'batch'?"])
+
+
+def test_out_names_every_format(run):
+    shown = " ".join(run("compress", "--help").out.split())
+    ran = run(*RESNET, "--scale", "0.5", "--out", "small.engine")
+
+    assert (ran.code, len(ran.errors)) == (1, 1)
+    for suffix in (".pt (", ".pt2 (", ".onnx (", ".aoti.pt2 ("):
+        assert suffix in shown
+        assert suffix in ran.errors[0]
 
 
 def test_a_model_of_the_users_own(run, here, photo):

@@ -65,7 +65,7 @@ def test_a_spec_of_unknown_methods_is_refused(tmp_path):
         read_spec(path)
 
 
-@pytest.mark.parametrize("steps", ['[{"kind": [1]}]', "[" * 900 + "]" * 900, '[{"kind": "stem_resize", "scale": {}}]'])
+@pytest.mark.parametrize("steps", ['[{"kind": [1]}]', "[" * 90 + "]" * 90, '[{"kind": "stem_resize", "scale": {}}]'])
 def test_a_spec_of_the_wrong_form_is_one_clear_error(tmp_path, steps):
     header = f'{{"header_schema": 1, "spec": {{"steps": {steps}}}}}'
     path = write_zip(tmp_path / "a.pt", [("a/extra/rescompress.json", header)])

@@ -17,6 +17,8 @@ DEPLOY = Path(__file__).parents[2] / "scripts" / "deploy"
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
+PROGRAMS = [("run_torchscript", ".pt"), ("run_package", ".aoti.pt2")]
+
 
 @pytest.fixture(scope="module")
 def programs(tmp_path_factory):
@@ -43,7 +45,7 @@ def execute(program, path, shape, data, *options):
     )
 
 
-@pytest.mark.parametrize(("program", "suffix"), [("run_torchscript", ".pt"), ("run_package", ".aoti.pt2")])
+@pytest.mark.parametrize(("program", "suffix"), PROGRAMS)
 def test_program_computes_what_the_model_computes(program, suffix, programs, model, tmp_path):
     path = rc.export(model, tmp_path / f"small{suffix}", torch.randn(1, 3, 32, 32))
 
@@ -59,12 +61,38 @@ def test_program_computes_what_the_model_computes(program, suffix, programs, mod
         torch.testing.assert_close(got, wanted, rtol=0, atol=1e-4 * wanted.abs().max().item())
 
 
+@pytest.mark.parametrize(("program", "suffix"), PROGRAMS)
+def test_the_clock_measures_runs(program, suffix, programs, model, tmp_path):
+    path = rc.export(model, tmp_path / f"small{suffix}", torch.randn(1, 3, 32, 32))
+    x = torch.randn(8, 3, 32, 32)
+
+    done = execute(programs / program, path, x.shape, x.numpy().tobytes(), "200")
+
+    # A transformer of two blocks takes far more than the empty loop's microseconds.
+    assert float(done.stderr.decode().splitlines()[-1].removesuffix(" ms a run")) > 0.02
+
+
+@pytest.mark.parametrize(("program", "suffix"), PROGRAMS)
+def test_eight_threads_at_once_compute_the_same(program, suffix, programs, model, tmp_path):
+    path = rc.export(model, tmp_path / f"small{suffix}", torch.randn(1, 3, 32, 32))
+    x = torch.randn(2, 3, 32, 32)
+
+    done = execute(programs / program, path, x.shape, x.numpy().tobytes(), "50", "--threads", "8")
+
+    assert done.returncode == 0, done.stderr.decode()
+    with torch.no_grad():
+        wanted = model(x)
+    got = torch.from_numpy(np.frombuffer(done.stdout, dtype=np.float32).copy()).reshape(wanted.shape)
+    torch.testing.assert_close(got, wanted, rtol=0, atol=1e-4 * wanted.abs().max().item())
+
+
 @pytest.mark.parametrize("program", ["run_torchscript", "run_package"])
 def test_bad_input_is_one_error_and_no_output(program, programs, tmp_path):
     (tmp_path / "bad.pt2").write_bytes(b"no model")
 
-    for shape, data in [((1, 3), b"1234"), ((1, 1), bytes(4))]:
-        done = execute(programs / program, tmp_path / "bad.pt2", shape, data)
+    cases = [((1, 3), b"1234", ()), ((1, 1), bytes(4), ()), ((1, 1), bytes(4), ("1", "--threads", "0"))]
+    for shape, data, options in cases:
+        done = execute(programs / program, tmp_path / "bad.pt2", shape, data, *options)
         assert done.returncode == 1
         assert done.stderr.startswith(b"error: ")
         assert done.stdout == b""

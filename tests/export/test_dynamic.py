@@ -1,6 +1,7 @@
 """A file takes the sides that were asked for at any length, or an error or a warning says why not."""
 
 import os
+import warnings
 
 import pytest
 import timm
@@ -127,8 +128,13 @@ def test_a_size_that_the_exporter_cannot_vary_is_an_error_and_the_old_file_stays
     assert old.read_bytes() == b"old"
 
 
-@pytest.mark.parametrize("suffix", EXPORTED)
-@pytest.mark.parametrize("model", [OneImageOnly(), DecidesByBatch()])
+@pytest.mark.parametrize(
+    ("suffix", "model"),
+    [
+        (".pt", OneImageOnly()),
+        *((suffix, model) for suffix in EXPORTED for model in (OneImageOnly(), DecidesByBatch())),
+    ],
+)
 def test_a_batch_that_cannot_vary_is_fixed_with_a_warning_that_names_it(suffix, model, tmp_path):
     x = torch.randn(1, 3, 8, 8)
 
@@ -138,6 +144,20 @@ def test_a_batch_that_cannot_vary_is_fixed_with_a_warning_that_names_it(suffix, 
     assert caught[0].filename == __file__
     assert (read_header(path)["dynamic"], read_header(path)["batch_sizes_checked"]) == ("none", [1])
     torch.testing.assert_close(load(path)(x), model(x).detach(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("suffix", [".pt", *EXPORTED, pytest.param(".aoti.pt2", marks=pytest.mark.slow)])
+def test_where_a_warning_is_an_error_the_old_file_stays(suffix, tmp_path):
+    old = tmp_path / f"a{suffix}"
+    old.write_bytes(b"old")
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", rc.RescompressWarning)
+        with pytest.raises(rc.RescompressWarning, match="for its example's batch size alone"):
+            rc.export(OneImageOnly(), old, torch.randn(1, 3, 8, 8))
+
+    assert os.listdir(tmp_path) == [old.name]
+    assert old.read_bytes() == b"old"
 
 
 def test_a_fixed_program_takes_its_example_size_alone(tmp_path):

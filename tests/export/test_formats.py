@@ -4,7 +4,6 @@ import os
 import subprocess
 import sys
 import warnings
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import timm
@@ -168,7 +167,7 @@ def test_header_says_what_the_file_is(cell, quick):
 
 
 @pytest.mark.parametrize("cell", QUICK, ids=name_of)
-def test_file_holds_no_dead_weights_nor_paths_of_this_machine(cell, quick):
+def test_file_holds_no_second_weights_nor_paths_of_this_machine(cell, quick):
     path = quick[cell][2]
     weights = read_header(path)["model"]["weight_bytes"]
 
@@ -178,36 +177,3 @@ def test_file_holds_no_dead_weights_nor_paths_of_this_machine(cell, quick):
     assert -0.05 * weights < extra < (3_000_000 if cell[2] == ".aoti.pt2" else 300_000)
     if cell[2] != ".aoti.pt2":
         assert os.path.dirname(os.path.dirname(torch.__file__)).encode() not in path.read_bytes()
-
-
-@pytest.mark.parametrize("cell", [QUICK[4], QUICK[7], QUICK[8]], ids=name_of)
-def test_eight_threads_at_once_get_the_same_outputs(cell, quick):
-    small, inputs, path, _ = quick[cell]
-    program = load(path)
-    with torch.no_grad():
-        wanted = small(inputs[2])
-
-    with ThreadPoolExecutor(8) as pool:
-        found = list(pool.map(lambda _: program(inputs[2]), range(64)))
-
-    for got in found:
-        torch.testing.assert_close(got, wanted, rtol=0, atol=1e-4 * wanted.abs().max().item())
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("cell", [QUICK[4], QUICK[7], QUICK[8]], ids=name_of)
-def test_ten_thousand_runs_do_not_grow_memory(cell, quick):
-    program, x = load(quick[cell][2]), quick[cell][1][0]
-
-    def resident():
-        with open("/proc/self/statm") as file:
-            return int(file.read().split()[1]) * os.sysconf("SC_PAGESIZE")
-
-    with torch.no_grad():
-        for _ in range(1_000):
-            program(x)
-        before = resident()
-        for _ in range(10_000):
-            program(x)
-
-    assert resident() - before < 4_000_000  # 400 bytes a run

@@ -251,9 +251,11 @@ def test_what_the_file_does_not_compute_is_not_written(tmp_path, model, said):
 
 
 def test_a_model_for_one_batch_size_is_written_for_it(tmp_path):
-    path = rc.export(OneImageOnly(), tmp_path / "one.pt", torch.randn(1, 3, 8, 8))
+    with pytest.warns(rc.RescompressWarning, match=r"for its example's batch size alone \(1\)") as caught:
+        path = rc.export(OneImageOnly(), tmp_path / "one.pt", torch.randn(1, 3, 8, 8))
 
-    assert read_header(path)["batch_sizes_checked"] == [1]
+    assert caught[0].filename == __file__
+    assert (read_header(path)["dynamic"], read_header(path)["batch_sizes_checked"]) == ("none", [1])
 
 
 class DecidesBySize(Uncompilable):

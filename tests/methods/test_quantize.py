@@ -1,10 +1,9 @@
-"""Quantize: integers and outputs are torchao's, files are as small as their bits, wrong use is refused."""
+"""Quantize whole models: files are as small as their bits, checkpoints load, wrong use is refused."""
 
 import copy
 import io
 import pickle
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +13,17 @@ import torch
 from torch import Tensor, nn
 
 import rescompress as rc
+from rescompress import surgery
 from rescompress.compress import record_of
-from rescompress.layers.integers import int4_groups, int8_rows, pack_int4, unpack_int4
+from rescompress.layers.int4_linear import Int4WeightLinear
 from rescompress.layers.kernels import choose_kernel
+from rescompress.layers.low_bits import LowBits
 from rescompress.layers.packed_conv import Int8StaticConv2d
-from rescompress.layers.quantized_conv import Int8DynamicConv2d, Int8WeightConv2d
-from rescompress.layers.quantized_linear import (
-    Int4WeightLinear,
-    Int8DynamicLinear,
-    Int8StaticLinear,
-    Int8WeightLinear,
-)
+from rescompress.layers.quantized_conv import Int8DynamicConv2d
+from rescompress.layers.quantized_linear import Int8DynamicLinear, Int8WeightLinear
+from rescompress.measure import count_macs
 from rescompress.measure.memory import weight_bytes
-from rescompress.methods.quantize import SCHEMES, Quantize
+from rescompress.methods.quantize import Quantize
 
 CONVOLUTIONAL = ("w8", "w8a8", "w8a8_static")
 
@@ -38,127 +35,6 @@ def one_thread() -> Iterator[None]:
     torch.manual_seed(0)
     yield
     torch.set_num_threads(threads)
-
-
-def reference(linear: nn.Linear, config: Callable[[Any], Any]) -> nn.Module:
-    """What torchao makes of a linear layer."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        import torchao.quantization as torchao
-
-        model = nn.Sequential(copy.deepcopy(linear))
-        torchao.quantize_(model, config(torchao))
-    return model
-
-
-def static_config(torchao: Any, largest: float) -> Any:
-    from torchao.quantization.granularity import PerRow, PerTensor
-
-    return torchao.Int8StaticActivationInt8WeightConfig(
-        act_quant_scale=torch.full((1, 1, 1), largest / 127.5),
-        granularity=[PerTensor(), PerRow()],
-        set_inductor_config=False,
-    )
-
-
-def four_bits(torchao: Any) -> Any:
-    from torchao.quantization.granularity import PerGroup
-
-    return torchao.IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(16))
-
-
-LINEARS = {
-    "w8": (Int8WeightLinear, lambda ao: ao.Int8WeightOnlyConfig(set_inductor_config=False)),
-    "w8a8": (Int8DynamicLinear, lambda ao: ao.Int8DynamicActivationInt8WeightConfig(set_inductor_config=False)),
-    "w8a8_static": (lambda linear: Int8StaticLinear(linear, 3.5), lambda ao: static_config(ao, 3.5)),
-    "w4": (lambda linear: Int4WeightLinear(linear, 16), four_bits),
-}
-
-
-@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no_bias"])
-@pytest.mark.parametrize("scheme", SCHEMES)
-def test_a_linear_layer_computes_what_torchaos_does_with_every_kernel(scheme: str, bias: bool) -> None:
-    linear, x = nn.Linear(96, 40, bias=bias), torch.randn(2, 7, 96)
-    make, config = LINEARS[scheme]
-    layer, theirs = make(linear), reference(linear, config)
-    for kernel in layer.KERNELS:
-        layer.kernel = kernel
-        torch.testing.assert_close(layer(x), theirs(x), rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(torch.jit.script(layer)(x), layer(x), rtol=0, atol=0)
-        torch.testing.assert_close(layer(x[0, 0]), layer(x)[0, 0], rtol=1e-5, atol=1e-5)
-
-
-def test_integers_and_scales_are_torchaos_bit_for_bit() -> None:
-    linear = nn.Linear(64, 24)
-    with torch.no_grad():
-        linear.weight[3] = 0  # a row of zeros divides by something
-    for scheme in ("w8", "w8a8", "w8a8_static"):
-        theirs = reference(linear, LINEARS[scheme][1])[0].weight
-        integers, scale = int8_rows(linear.weight)
-        torch.testing.assert_close(integers, theirs.qdata, rtol=0, atol=0)
-        torch.testing.assert_close(scale, theirs.scale.flatten(), rtol=0, atol=0)
-    theirs = reference(linear, four_bits)[0].weight
-    packed, scale = int4_groups(linear.weight, 16)
-    torch.testing.assert_close(unpack_int4(packed, torch.int8), theirs.qdata, rtol=0, atol=0)
-    torch.testing.assert_close(scale, theirs.scale, rtol=0, atol=0)
-
-
-def test_int4_is_packed_two_to_a_byte() -> None:
-    values = torch.arange(-8, 8, dtype=torch.int8).reshape(2, 8)
-    packed = pack_int4(values)
-    assert packed.dtype == torch.uint8
-    assert packed.shape == (2, 4)
-    assert packed[0, 0] == 0x10  # -8 is 0 in the low half, -7 is 1 in the high half
-    torch.testing.assert_close(unpack_int4(packed, torch.int8), values, rtol=0, atol=0)
-
-
-def test_integer_products_equal_the_same_products_in_floating_point() -> None:
-    """Sums of whole numbers below 2 ** 24 are exact in float32, so the kernels must agree bit for bit."""
-    for conv in (
-        nn.Conv2d(8, 12, 3, padding=1),
-        nn.Conv2d(8, 12, 1, stride=2, bias=False),
-        nn.Conv2d(8, 12, (3, 5), stride=(2, 1), padding=(0, 2), dilation=2),
-    ):
-        layer, x = (
-            Int8DynamicConv2d(conv),
-            torch.rand(3, 8, 13, 17) * torch.tensor([1.0, 5.0, 0.1]).reshape(-1, 1, 1, 1),
-        )
-        wanted = layer(x)
-        for kernel in ("int8", "uint8"):
-            layer.kernel = kernel
-            torch.testing.assert_close(layer(x), wanted, rtol=1e-6, atol=1e-6)
-            torch.testing.assert_close(torch.jit.script(layer)(x), layer(x), rtol=0, atol=0)
-        torch.testing.assert_close(layer(x[1:2]), layer(x)[1:2], rtol=1e-6, atol=1e-6)  # one scale an image
-        weight = layer.weight.float() * layer.weight_scale.reshape(-1, 1, 1, 1)
-        step = x.flatten(1).amax(1).reshape(-1, 1, 1, 1) / 127.5
-        exact = nn.functional.conv2d(
-            (x / step).round().clamp(max=127) * step, weight, conv.bias, conv.stride, conv.padding, conv.dilation
-        )
-        torch.testing.assert_close(wanted, exact, rtol=1e-4, atol=1e-4)
-
-
-def test_an_int8_weight_convolution_is_the_convolution_with_rounded_weights() -> None:
-    conv, x = nn.Conv2d(8, 12, 3, stride=2, padding=1, groups=4), torch.randn(2, 8, 9, 11)
-    integers, scale = int8_rows(conv.weight)
-    rounded = copy.deepcopy(conv)
-    rounded.weight.data = integers.float() * scale.reshape(-1, 1, 1, 1)
-    torch.testing.assert_close(Int8WeightConv2d(conv)(x), rounded(x), rtol=1e-6, atol=1e-6)
-
-
-@pytest.mark.parametrize("groups", [1, 16])
-def test_a_static_convolution_computes_on_whole_numbers_as_emulated(groups: int) -> None:
-    conv, norm = nn.Conv2d(16, 16, 3, padding=1, groups=groups, bias=False), nn.BatchNorm2d(16).eval()
-    norm.running_mean.normal_()
-    norm.running_var.uniform_(0.5, 2)
-    x = torch.rand(2, 16, 9, 11) * 4 - 1
-    with torch.no_grad():
-        wanted = norm(conv(x))
-        layer = Int8StaticConv2d(conv, norm, (-1.0, 3.0), (wanted.min().item(), wanted.max().item()))
-        step = layer.output_scale
-        gap = (layer(x) - layer.emulated(x)).abs()
-        assert gap.max() <= 1.01 * step
-        assert (gap > 0.5 * step).float().mean() < 0.01  # ties only
-        assert (layer(x) - wanted).norm() < 0.03 * wanted.norm()
 
 
 def residual_net() -> nn.Module:
@@ -317,7 +193,7 @@ def test_only_faster_leaves_what_is_slower(network: nn.Module, monkeypatch: pyte
 
     def pretend(layer: nn.Module, x: Tensor, exact: nn.Module) -> Any:
         timing = slow["w8a8"](layer, x, exact)
-        faster = tuple(layer.weight.shape[:2]) == (64, 64)
+        faster = layer.weight_shape[:2] == [64, 64]
         return timing.__class__(timing.kernel, 1.0, 2.0 if faster else 0.5, timing.times_ms, timing.refused)
 
     monkeypatch.setattr(_low_bits, "choose_kernel", pretend)
@@ -329,36 +205,6 @@ def test_only_faster_leaves_what_is_slower(network: nn.Module, monkeypatch: pyte
         if isinstance(module, nn.Conv2d) and tuple(module.weight.shape[:2]) == (64, 64) and name.startswith("layer")
     }
     assert any("slower in low bits" in line for line in record_of(small).log)
-
-
-def test_the_fastest_correct_kernel_is_chosen_once() -> None:
-    calls: list[str] = []
-
-    class Layer(nn.Module):
-        KERNELS = ("slow", "wrong", "broken", "fast")
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.kernel = "slow"
-
-        def forward(self, x: Tensor) -> Tensor:
-            calls.append(self.kernel)
-            if self.kernel == "broken":
-                raise RuntimeError("no such kernel here")
-            if self.kernel == "slow":
-                for _ in range(300):
-                    x.sum()
-            return x * (3 if self.kernel == "wrong" else 2)
-
-    x = torch.ones(16, 16)
-    layer = Layer()
-    timing = choose_kernel(layer, x, lambda x: x * 2)
-    assert layer.kernel == timing.kernel == "fast"
-    assert dict(timing.refused).keys() == {"wrong", "broken"}
-    assert {name for name, _ in timing.times_ms} == {"slow", "fast"}
-    calls.clear()
-    assert choose_kernel(Layer(), x, lambda x: x * 2) is timing
-    assert calls == []
 
 
 def test_attention_that_reads_weights_directly_is_left_alone() -> None:
@@ -409,3 +255,59 @@ def test_wrong_use_is_refused_with_the_remedy(network: nn.Module) -> None:
         low_bits(network, "w8", include="layer9.*")
     with pytest.raises(rc.SpecError, match="must come before 'quantize'"):
         rc.Spec.of(Quantize(scheme="w8"), rc.StemResize(scale=0.5))
+
+
+def test_a_second_step_names_its_layers(transformer: nn.Module) -> None:
+    mixed = rc.compress(
+        transformer,
+        rc.Spec.of(Quantize(scheme="w4", include="*.mlp.*"), Quantize(scheme="w8a8", include=["*.attn.*", "head"])),
+        example_input=IMAGES,
+    )
+    kinds = {name: type(module) for name, module in mixed.named_modules() if isinstance(module, LowBits)}
+    assert {kind for name, kind in kinds.items() if ".mlp." in name} == {Int4WeightLinear}
+    assert {kind for name, kind in kinds.items() if ".attn." in name or name == "head"} == {Int8DynamicLinear}
+    with torch.no_grad():
+        wanted, found = transformer(IMAGES), mixed(IMAGES)
+    assert 0 < (found - wanted).norm() < 0.35 * wanted.norm()
+    with pytest.raises(rc.SpecError, match=r"quantized already: \d+ layers such as .* quantize.include"):
+        low_bits(mixed, "w8")
+
+
+@pytest.mark.parametrize("scheme", CONVOLUTIONAL)
+def test_fold_and_measure_work_on_a_quantized_model(network: nn.Module, scheme: str) -> None:
+    resized = rc.compress(network, rc.StemResize(scale=0.5), example_input=IMAGES)
+    spec = rc.Spec.of(rc.StemResize(scale=0.5), Quantize(scheme=scheme, first_conv=True))
+    small = rc.compress(network, spec, example_input=IMAGES, calibration=[IMAGES])
+    folded = rc.fold(small, IMAGES)
+    with torch.no_grad():
+        torch.testing.assert_close(folded(IMAGES), small(IMAGES), rtol=1e-2, atol=1e-2)
+    assert any("its output is resized" in line and "conv1" in line for line in record_of(small).log)
+    counts = [count_macs(model, IMAGES) for model in (resized, small)]
+    assert counts[0].macs == counts[1].macs  # low bits change no product
+    assert counts[1].uncounted == ()
+
+
+def test_an_error_leaves_a_model_in_place_as_it_was(network: nn.Module) -> None:
+    model = copy.deepcopy(network)
+    modules, state = surgery.fingerprint(model), copy.deepcopy(model.state_dict())
+    with pytest.raises(rc.SpecError, match="calibration=batches"):
+        rc.compress_(model, Quantize(scheme="w8a8_static"), example_input=IMAGES)
+    with pytest.raises(rc.SpecError, match="w4 is for linear layers"):
+        rc.compress_(model, Quantize(scheme="w4"), example_input=IMAGES)
+    with pytest.raises(rc.RescompressError, match="does not run on calibration batch 1: Given groups=1"):
+        spec = rc.Spec.of(rc.StemResize(scale=0.5), Quantize(scheme="w8a8_static"))
+        rc.compress_(model, spec, example_input=IMAGES, calibration=[IMAGES, IMAGES[:, :1]])
+    assert surgery.fingerprint(model) == modules
+    torch.testing.assert_close(model.state_dict(), state, rtol=0, atol=0)
+
+
+def test_half_and_double_precision_work_or_are_refused(network: nn.Module) -> None:
+    for dtype in (torch.bfloat16, torch.float64):
+        model, images = copy.deepcopy(network).to(dtype), IMAGES.to(dtype)
+        for scheme in ("w8", "w8a8"):
+            small = rc.compress(model, Quantize(scheme=scheme), example_input=images)
+            with torch.no_grad():
+                wanted, found = model(images).float(), small(images).float()
+            assert 0 < (found - wanted).norm() < 0.05 * wanted.norm()
+        with pytest.raises(rc.SpecError, match="w8a8_static convolves float32 maps, not torch"):
+            rc.compress(model, Quantize(scheme="w8a8_static"), example_input=images, calibration=[images])
