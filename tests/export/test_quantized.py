@@ -148,13 +148,12 @@ def test_file_computes_what_the_model_computes(written, scheme, suffix):
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("suffix", [".pt", ".pt2"])
 @pytest.mark.parametrize("scheme", ROUNDING)
-def test_torch_computes_every_number_alike(written, scheme, suffix, tmp_path):
+def test_torchscript_computes_every_number_alike(written, scheme, tmp_path):
     models, inputs, _ = written
 
     # Unfused: fusion of the first batch norm alone moves the last bits.
-    program = rc.load(rc.export(models[scheme], tmp_path / f"exact{suffix}", inputs[0], fold=False))
+    program = rc.load(rc.export(models[scheme], tmp_path / "exact.pt", inputs[0], fold=False))
 
     torch.testing.assert_close(outputs_of(program, inputs), outputs_of(models[scheme], inputs), rtol=1e-5, atol=1e-6)
 
