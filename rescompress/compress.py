@@ -17,7 +17,7 @@ from rescompress.families import describe
 from rescompress.families._base import image_of
 from rescompress.inputs import as_args, default_input
 from rescompress.self_check import apply_steps, self_check
-from rescompress.spec import Samples, Spec, Step, check_scale
+from rescompress.spec import Samples, Spec, Stage, Step, check_scale
 
 Model = TypeVar("Model", bound=nn.Module)
 SpecLike = Spec | Step | str | Path | Mapping[str, Any]
@@ -154,8 +154,9 @@ def _checked(
     With `few`, it is tried with the first calibration batch alone, which is enough to see whether the steps work.
     """
     args, kwargs = _example(model, example_input)
-    anatomy = _anatomy_of(model, args, kwargs)
-    resolved = _resolve(spec, scale, anatomy)
+    wanted = _wanted(spec, scale)
+    anatomy = _anatomy_of(model, args, kwargs, wanted)
+    resolved = wanted if isinstance(wanted, Spec) else default_spec(anatomy, wanted)
     samples = samples_of(args, kwargs, calibration)
     # Before the model is touched: a caller may turn warnings into errors, and an error must leave it as it was.
     tried = replace(samples, calibration=samples.calibration[:1]) if few else samples
@@ -204,10 +205,17 @@ def _example(model: nn.Module, example_input: Any) -> tuple[tuple[Any, ...], dic
     return as_args(example_input)
 
 
-def _anatomy_of(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Anatomy:
+def _anatomy_of(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], wanted: Spec | float) -> Anatomy:
     record = getattr(model, _RECORD, None)
     if not isinstance(record, Record):
-        return describe(model, args, kwargs)
+        try:
+            return describe(model, args, kwargs)
+        except UnsupportedModelError:
+            if not isinstance(wanted, Spec) or any(step.stage < Stage.PRECISION for step in wanted):
+                raise
+            # Precision asks for layers, not for a grid that could be made smaller.
+            height, width = image_of(model, args, kwargs).shape[-2:]
+            return Anatomy(family="any", input_size=(height, width))
     size, recorded = tuple(image_of(model, args, kwargs).shape[-2:]), record.anatomy.input_size
     if size != recorded:
         raise SpecError(
@@ -217,11 +225,12 @@ def _anatomy_of(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
     return record.anatomy
 
 
-def _resolve(spec: SpecLike | None, scale: float | None, anatomy: Anatomy) -> Spec:
+def _wanted(spec: SpecLike | None, scale: float | None) -> Spec | float:
+    """Return the spec as one, or the scale that is given instead."""
     if (spec is None) == (scale is None):
         raise SpecError(f"compress takes either a spec or a scale, got spec={spec!r} and scale={scale!r}")
     if scale is not None:
-        return default_spec(anatomy, scale)
+        return scale
     if isinstance(spec, Step):
         spec = Spec.of(spec)
     elif isinstance(spec, str | Path):

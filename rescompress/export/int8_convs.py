@@ -1,5 +1,7 @@
 """Convolutions in int8 in the operators that each format can hold: plain aten, quantize and dequantize, oneDNN."""
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -7,8 +9,20 @@ from torch import Tensor, nn
 from rescompress.layers.packed_conv import Int8StaticConv2d
 from rescompress.layers.quantized_conv import Int8DynamicConv2d
 
-Range = tuple[float, int]
-"""Scale and zero point of a map of 256 values."""
+
+@dataclass(frozen=True)
+class Map:
+    """What a convolution is given.
+
+    Attributes:
+        shape: (B, C, H, W) in the example; None where it is not known
+        scale: of a map that is quantized already; None where the convolution quantizes it by its own
+        zero_point: of such a map
+    """
+
+    shape: list[int] | None = None
+    scale: float | None = None
+    zero_point: int = 0
 
 
 class StaticConv2d(nn.Module):
@@ -16,7 +30,7 @@ class StaticConv2d(nn.Module):
 
     Args:
         conv: what it stands for.
-        input_range: of its input: the convolution's own, or that of the map that it is handed.
+        given: the map that it is given.
 
     Shape:
         - Input: (B, C, H, W), float32
@@ -27,13 +41,15 @@ class StaticConv2d(nn.Module):
     weight_scale: Tensor
     bias: Tensor
 
-    def __init__(self, conv: Int8StaticConv2d, input_range: Range) -> None:
+    def __init__(self, conv: Int8StaticConv2d, given: Map) -> None:
         super().__init__()
         own = conv.plain()
         self.register_buffer("weight", own["weight"].contiguous())
         self.register_buffer("weight_scale", own["weight_scale"])
         self.register_buffer("bias", own["bias"])
-        self.input_scale, self.input_zero_point = input_range
+        self.input_scale, self.input_zero_point = float(conv.input_scale), int(conv.input_zero_point)
+        if given.scale is not None:
+            self.input_scale, self.input_zero_point = given.scale, given.zero_point
         self.output_scale, self.output_zero_point = float(conv.output_scale), int(conv.output_zero_point)
         self.stride, self.padding, self.dilation, self.groups = conv.stride, conv.padding, conv.dilation, conv.groups
 
@@ -60,8 +76,8 @@ class QdqStaticConv2d(StaticConv2d):
     bias_scale: Tensor
     bias_zero_points: Tensor
 
-    def __init__(self, conv: Int8StaticConv2d, input_range: Range) -> None:
-        super().__init__(conv, input_range)
+    def __init__(self, conv: Int8StaticConv2d, given: Map) -> None:
+        super().__init__(conv, given)
         scale = self.weight_scale.double() * self.input_scale
         limit = 2**31 - 1
         # A tiny scale, of a channel that is all but zero, must not overflow the bias: then its scale is widened.
@@ -88,16 +104,18 @@ class OnednnStaticConv2d(StaticConv2d):
 
     zero_points: Tensor
 
-    def __init__(self, conv: Int8StaticConv2d, input_range: Range) -> None:
-        super().__init__(conv, input_range)
+    def __init__(self, conv: Int8StaticConv2d, given: Map) -> None:
+        super().__init__(conv, given)
         self.register_buffer("zero_points", torch.zeros(len(self.weight), dtype=torch.int64))
+        # By it the order of the weight is chosen: one for other shapes is put in order again on each call.
+        self.shape = given.shape
 
     def forward(self, x: Tensor) -> Tensor:
         ops, onednn = torch.ops.quantized_decomposed, torch.ops.onednn
         scale, zero_point = self.input_scale, self.input_zero_point
         steps = ops.quantize_per_tensor(x, scale, zero_point, 0, 255, torch.uint8)
         window = (self.stride, self.padding, self.dilation, self.groups)
-        packed = onednn.qconv_prepack(self.weight, self.weight_scale, scale, zero_point, *window, None)
+        packed = onednn.qconv_prepack(self.weight, self.weight_scale, scale, zero_point, *window, self.shape)
         weight = (packed, self.weight_scale, self.zero_points, self.bias)
         output = (self.output_scale, self.output_zero_point, torch.uint8)
         steps = onednn.qconv_pointwise(steps, scale, zero_point, *weight, *window, *output, "none", [], "")
@@ -125,7 +143,7 @@ class OnednnDynamicConv2d(nn.Module):
     zero_points: Tensor
     bias: Tensor | None
 
-    def __init__(self, conv: Int8DynamicConv2d) -> None:
+    def __init__(self, conv: Int8DynamicConv2d, given: Map) -> None:
         super().__init__()
         self.register_buffer("weight", conv.plain_weight().contiguous())
         self.register_buffer("weight_scale", conv.weight_scale.float())
@@ -133,6 +151,7 @@ class OnednnDynamicConv2d(nn.Module):
         self.register_buffer("bias", None if conv.bias is None else conv.bias.detach())
         self.stride, self.padding, self.dilation, self.groups = conv.stride, conv.padding, conv.dilation, conv.groups
         self.smallest = conv.smallest
+        self.shape = given.shape  # as above
 
     def forward(self, x: Tensor) -> Tensor:
         onednn = torch.ops.onednn
@@ -140,7 +159,7 @@ class OnednnDynamicConv2d(nn.Module):
         scale = (wide.abs().amax(dim=[1, 2, 3], keepdim=True) / 127.5).clamp(min=self.smallest)
         steps = ((wide * (1.0 / scale)).round().clamp(-128, 127) + 128).to(torch.uint8)
         window = (self.stride, self.padding, self.dilation, self.groups)
-        packed = onednn.qconv_prepack(self.weight, self.weight_scale, 1.0, 128, *window, None)
+        packed = onednn.qconv_prepack(self.weight, self.weight_scale, 1.0, 128, *window, self.shape)
         weight = (packed, self.weight_scale, self.zero_points, None)
         sums = onednn.qconv_pointwise(steps, 1.0, 128, *weight, *window, 1.0, 0, torch.float32, "none", [], "")
         y = sums * scale

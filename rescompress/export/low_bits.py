@@ -22,11 +22,11 @@ from rescompress.errors import ExportError
 from rescompress.export.checking import Case, run
 from rescompress.export.int4_onnx import OnnxInt4Linear
 from rescompress.export.int8_convs import (
+    Map,
     OnednnDynamicConv2d,
     OnednnStaticConv2d,
     PlainStaticConv2d,
     QdqStaticConv2d,
-    Range,
     StaticConv2d,
 )
 from rescompress.inputs import Args, tensors_of
@@ -117,22 +117,22 @@ def in_form(model: nn.Module, inputs: Args, form: str) -> nn.Module:
         return model
     _register_operators()
     model = surgery.clone_shared(model)
-    ranges = {} if form == "script" else _input_ranges(model, inputs)
+    maps = {} if form == "script" else _maps(model, inputs)
     for name in names:
-        surgery.swap(model, name, _in_form(surgery.get(model, name), form, ranges.get(name)))
+        surgery.swap(model, name, _in_form(surgery.get(model, name), form, maps.get(name)))
     return model.eval()
 
 
-def _in_form(layer: nn.Module, form: str, input_range: Range | None) -> nn.Module:
+def _in_form(layer: nn.Module, form: str, given: Map | None) -> nn.Module:
     if not isinstance(layer, LowBits):
         raise TypeError(f"{type(layer).__name__} is no low-bit layer")
     if form == "script":
         return layer.for_export(scripted=True)
+    given = given or Map()  # a layer that is not called on this example
     if isinstance(layer, Int8StaticConv2d):
-        own = (float(layer.input_scale), int(layer.input_zero_point))
-        return _STATIC_CONVS[form](layer, input_range or own)
-    if isinstance(layer, Int8DynamicConv2d) and form == "onednn" and layer.weight_scale.device.type == "cpu":
-        return OnednnDynamicConv2d(layer)
+        return _STATIC_CONVS[form](layer, given)
+    if isinstance(layer, Int8DynamicConv2d) and form == "onednn":
+        return OnednnDynamicConv2d(layer, given)
     if isinstance(layer, Int4WeightLinear) and form == "qdq":
         return OnnxInt4Linear(layer)
     plain = layer.for_export()
@@ -157,32 +157,33 @@ def _onnx_kernel(layer: LowBits) -> str:
     return layer.KERNELS[0]
 
 
-def _input_ranges(model: nn.Module, inputs: Args) -> dict[str, Range]:
-    """Return scale and zero point of the quantized maps that convolutions are handed, by FQN.
+def _maps(model: nn.Module, inputs: Args) -> dict[str, Map]:
+    """Return what maps int8 convolutions are given, by FQN.
 
     Raises:
         ExportError: one of them is given maps of several ranges.
     """
-    found: dict[str, set[Range | None]] = {}
+    found: dict[str, list[Map]] = {}
 
-    def look(name: str, given: Any) -> None:
-        quantized = isinstance(given, Tensor) and given.is_quantized
-        found.setdefault(name, set()).add((given.q_scale(), given.q_zero_point()) if quantized else None)
+    def look(name: str, given: Tensor) -> None:
+        scale, zero_point = (given.q_scale(), given.q_zero_point()) if given.is_quantized else (None, 0)
+        found.setdefault(name, []).append(Map(list(given.shape), scale, zero_point))
 
     clone = surgery.clone_shared(model)
     for name, module in clone.named_modules():
-        if isinstance(module, Int8StaticConv2d):
+        if isinstance(module, Int8StaticConv2d | Int8DynamicConv2d):
             # Hooks on the clone only: it is thrown away.
             module.register_forward_pre_hook(lambda _, given, name=name: look(name, given[0]))
     with torch.no_grad():
         clone(*inputs[0], **inputs[1])
-    for name, ranges in found.items():
+    for name, maps in found.items():
+        ranges = {(given.scale, given.zero_point) for given in maps}
         if len(ranges) > 1:
             raise ExportError(
                 f"{name} is given maps of {len(ranges)} different ranges, which only a TorchScript file can hold; "
                 "quantize with exclude for it, or write .pt"
             )
-    return {name: one for name, (one,) in found.items() if one is not None}
+    return {name: maps[0] for name, maps in found.items()}
 
 
 def join_maps(program: ExportedProgram) -> None:

@@ -53,6 +53,7 @@ class Int8StaticConv2d(LowBits):
         self.stride, self.dilation = list(conv.stride), list(conv.dilation)
         self.padding = [padding[0][0], padding[1][0]]
         self.groups = conv.groups
+        self.in_channels, self.out_channels = conv.in_channels, conv.out_channels  # hosts read them
         self.stays_quantized = False
         self.input_scale, self.input_zero_point = affine(*input_range)
         self.output_scale, self.output_zero_point = affine(*output_range)

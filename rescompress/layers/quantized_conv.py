@@ -54,6 +54,7 @@ class Int8WeightConv2d(LowBits):
         self.padding = [padding[0][0], padding[1][0]]
         self.kernel_size = list(conv.kernel_size)
         self.groups = conv.groups
+        self.in_channels, self.out_channels = conv.in_channels, conv.out_channels  # hosts read them
         weight = conv.weight
         self.weight_shape = list(weight.shape)
         if norm is None:

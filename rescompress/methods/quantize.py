@@ -131,7 +131,7 @@ class Quantize(Step):
                     )
 
     def _left_out(self, names: list[str], seen: dict[str, Seen], anatomy: Anatomy) -> dict[str, str]:
-        first = ""
+        first = next(iter(seen), "")  # called first, where no family knows better
         if isinstance(anatomy, ConvAnatomy):
             first = anatomy.first_conv
         elif isinstance(anatomy, ViTAnatomy):

@@ -311,3 +311,21 @@ def test_half_and_double_precision_work_or_are_refused(network: nn.Module) -> No
             assert 0 < (found - wanted).norm() < 0.05 * wanted.norm()
         with pytest.raises(rc.SpecError, match="w8a8_static convolves float32 maps, not torch"):
             rc.compress(model, Quantize(scheme="w8a8_static"), example_input=images, calibration=[images])
+
+
+@pytest.mark.parametrize("scheme", ["w8a8", "w8a8_static"])
+def test_a_model_that_no_family_describes_is_quantized_all_the_same(scheme, tmp_path):
+    torch.manual_seed(0)
+    model, x = timm.create_model("repvgg_a0", num_classes=10).eval(), torch.randn(2, 3, 32, 32)
+    with pytest.raises(rc.UnsupportedModelError, match="reads the image in 2 convolutions"):
+        rc.compress(model, scale=0.5, example_input=x)
+
+    small = rc.compress(
+        model, rc.Quantize(scheme=scheme), example_input=x, calibration=[x] if scheme == "w8a8_static" else None
+    )
+
+    with torch.no_grad():
+        wanted, found = model(x), small(x)
+    assert 0 < (found - wanted).norm() < 0.05 * wanted.norm()
+    program = rc.load(rc.export(small, tmp_path / "small.pt", x, fold=False))
+    torch.testing.assert_close(program(x), found, rtol=1e-5, atol=1e-6)
