@@ -9,7 +9,7 @@ import re
 from typing import Any
 
 NAMES = re.compile(
-    r"__torch__\.(?!torch\.classes\.)[\w.]+ \w+"  # classes whose source is in the same file
+    r"__torch__(\.(?!torch\.classes\.)[\w.]+)? \w+"  # classes whose source is in the same file
     r"|__torch__\.torch\.classes\.(quantized|mkldnn|xnnpack)(\.\w+)* \w+"  # packed weights
     r"|torch\._utils _rebuild_(tensor_v2|qtensor|parameter)|torch \w+Storage|torch per_(tensor|channel)_affine"
     r"|torch device|torch\.jit\._pickle (build_\w+|restore_type_tag)|collections OrderedDict",

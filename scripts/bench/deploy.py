@@ -128,9 +128,7 @@ def main() -> int:
     parser.add_argument("--size", type=int, default=224, help="side of the image")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=11)
-    parser.add_argument(
-        "--ways", nargs="*", help="of eager compiled frozen torchscript onnxruntime aotinductor; default all"
-    )
+    parser.add_argument("--ways", nargs="*", help="of eager compiled frozen torchscript onnxruntime aotinductor")
     parser.add_argument("--device", default="cpu", help="cpu, or cuda: in bf16, eager and compiled")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--at-least", nargs="*", default=[], help="speed-ups to reach, see above")

@@ -101,8 +101,10 @@ def test_inspect_does_not_obey_what_a_file_says(run, tmp_path):
 
 def test_methods(run):
     listed, cards = run("methods"), json.loads(run("methods", "--json").out)
+    # Other tests of the same process register steps of their own.
+    cards = [card for card in cards if not card["kind"].endswith("_for_test")]
 
-    assert [card["kind"] for card in cards] == step_kinds()
+    assert [card["kind"] for card in cards] == [kind for kind in step_kinds() if not kind.endswith("_for_test")]
     for card in cards:
         assert card["kind"] in listed.out
         assert card["summary"] and card["families"]
