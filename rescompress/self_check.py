@@ -68,8 +68,10 @@ def self_check(
             f"{kinds} at zero reduction changes what this {name} computes ({difference}); "
             "it is refused rather than returned wrong"
         )
+    resizes = any(step.stage < Stage.PRECISION and step != step.identity() for step in spec)
     called = _watch_new_modules(reduced, before)
-    small, cost_after = _run(reduced, call, f"this {name} does not work on the smaller grid of {kinds}")
+    where = "on the smaller grid of" if resizes else "after"
+    small, cost_after = _run(reduced, call, f"this {name} does not work {where} {kinds}")
     idle = [fqn for fqn, was_called in called.items() if not was_called]
     if idle:
         raise UnsupportedModelError(
@@ -78,7 +80,6 @@ def self_check(
         )
     # A resized side branch, such as one that only predicts a crop, leaves the cost of the network as it was.
     convolutions = sum(isinstance(module, nn.Conv2d) for module in model.modules())
-    resizes = any(step.stage < Stage.PRECISION and step != step.identity() for step in spec)
     if isinstance(anatomy, ConvAnatomy) and convolutions > 1 and cost_after >= cost_before and resizes:
         raise UnsupportedModelError(
             f"{kinds} saves nothing in this {name}: {cost_before / 2e6:.2f} MMACs before, {cost_after / 2e6:.2f} after"

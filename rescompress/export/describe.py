@@ -12,6 +12,7 @@ import rescompress
 from rescompress.compress import record_of
 from rescompress.errors import ExportError, SpecError
 from rescompress.inputs import Args, tensors_of
+from rescompress.layers.low_bits import LowBits
 from rescompress.spec import Spec
 
 
@@ -73,6 +74,8 @@ def describe_versions(model: nn.Module) -> dict[str, str]:
     if library not in versions:
         with contextlib.suppress(metadata.PackageNotFoundError):  # a class of the user's own script
             versions[library] = metadata.version(library)
+    if any(isinstance(module, LowBits) for module in model.modules()):
+        versions |= versions_of("torchao")
     return versions
 
 

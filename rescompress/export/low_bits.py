@@ -37,6 +37,7 @@ from rescompress.layers.quantized_conv import Int8DynamicConv2d
 from rescompress.layers.quantized_linear import Int8DynamicLinear, Int8StaticLinear, Int8WeightLinear
 
 _STATIC_CONVS: dict[str, type[StaticConv2d]] = {
+    "held": PlainStaticConv2d,
     "plain": PlainStaticConv2d,
     "qdq": QdqStaticConv2d,
     "onednn": OnednnStaticConv2d,
@@ -107,7 +108,8 @@ def in_form(model: nn.Module, inputs: Args, form: str) -> nn.Module:
     Args:
         model: in evaluation mode; it is not changed.
         inputs: an example, run once to see which maps stay quantized from one convolution to the next.
-        form: "script" for TorchScript, "plain" for .pt2, "qdq" for ONNX, "onednn" for a compiled package.
+        form: "script" for TorchScript, "plain" for .pt2, "qdq" for ONNX, "onednn" for a compiled package; "held" for
+            what is only looked at and not run: who follows whom, and the bytes that a file holds.
 
     Raises:
         ExportError: a convolution is given maps of several ranges.
@@ -117,7 +119,7 @@ def in_form(model: nn.Module, inputs: Args, form: str) -> nn.Module:
         return model
     _register_operators()
     model = surgery.clone_shared(model)
-    maps = {} if form == "script" else _maps(model, inputs)
+    maps = {} if form in ("script", "held") else _maps(model, inputs)
     for name in names:
         surgery.swap(model, name, _in_form(surgery.get(model, name), form, maps.get(name)))
     return model.eval()

@@ -6,20 +6,24 @@ it runs that machine code, as starting any program does; nothing can be looked a
 
 import json
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 from torch.export import ExportedProgram
+from torch.utils._pytree import tree_map
 
 from rescompress.errors import InputError
-from rescompress.export.bundle import HEADER_NAME, header_text
+from rescompress.export.bundle import HEADER_NAME, header_text, read_header
 from rescompress.export.capture import write_captured
 from rescompress.export.checking import Case, check
 from rescompress.export.low_bits import compiled_form
 from rescompress.export.paths import replacing
 from rescompress.export.prepare import Prepared
 from rescompress.export.untrusted import check_archive, reader_of
+from rescompress.inputs import tensors_of
 
 FORMAT = "aotinductor"
 
@@ -79,7 +83,49 @@ def open_program(path: Path, device: str | None = None) -> Any:
         raise InputError(f"{path} is compiled for a processor with {', '.join(lacking)}, which this one lacks")
     if not path.name.endswith(".pt2"):
         raise InputError(f"{path} must be called .pt2 for AOTInductor to load it; rename it")
-    return torch._inductor.aoti_load_package(str(path))
+    header = read_header(path)
+    return Package(torch._inductor.aoti_load_package(str(path)), header["inputs"], header["dynamic"])
+
+
+class Package(nn.Module):
+    """A compiled package that looks at its inputs: the machine code itself reads whatever memory it is pointed at.
+
+    Args:
+        program: the package, as torch loads it.
+        inputs: shape and dtype of each tensor of the example.
+        dynamic: the sides that may vary.
+    """
+
+    def __init__(self, program: Callable[..., Any], inputs: list[dict[str, Any]], dynamic: str) -> None:
+        super().__init__()
+        self.program, self.inputs, self.dynamic = program, inputs, dynamic
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the package.
+
+        Raises:
+            InputError: an input is of another shape or type than it was compiled for.
+        """
+        given = tensors_of((args, kwargs))
+        if len(given) != len(self.inputs):
+            raise InputError(f"the package takes {len(self.inputs)} tensors, got {len(given)}")
+        for tensor, example in zip(given, self.inputs, strict=True):
+            self._check(tensor, example)
+        args, kwargs = tree_map(lambda leaf: leaf.contiguous() if isinstance(leaf, Tensor) else leaf, (args, kwargs))
+        return self.program(*args, **kwargs)
+
+    def _check(self, tensor: Tensor, example: dict[str, Any]) -> None:
+        dtype, shape, wanted = str(tensor.dtype).removeprefix("torch."), list(tensor.shape), list(example["shape"])
+        free = {"none": (), "batch": (0,), "size": (0, 2, 3) if len(wanted) == 4 else (0,)}.get(self.dynamic, ())
+        fits = len(shape) == len(wanted) and all(
+            side == other or (axis in free and side > 0)
+            for axis, (side, other) in enumerate(zip(shape, wanted, strict=True))
+        )
+        if dtype != example["dtype"] or not fits:
+            raise InputError(
+                f"the package is compiled for {example['dtype']} {wanted} and dynamic={self.dynamic!r}, got {dtype} "
+                f"{shape}"
+            )
 
 
 def _made_for(path: Path) -> dict[str, str]:

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch.utils._pytree import tree_map
 
 from rescompress.errors import ExportError, did_you_mean
 from rescompress.export import describe
@@ -64,6 +65,8 @@ def prepare(
         raise ExportError(f"dynamic must be one of {', '.join(map(repr, DYNAMIC))}, got {dynamic!r}{_hint(dynamic)}")
     _refuse_what_cannot_be_saved(model)
     inputs = as_args(default_input(model) if example_input is None else example_input)
+    # A program is compiled for the order of memory of its example, and inputs are brought into this one.
+    inputs = tree_map(lambda leaf: leaf.contiguous() if isinstance(leaf, Tensor) else leaf, inputs)
     given = {
         "preprocessing": describe.describe_preprocessing(model, preprocessing),
         "labels": describe.describe_labels(labels),
@@ -76,8 +79,8 @@ def prepare(
         deployed, folding, fusion = subject, None, None
         if fold_first:
             deployed, folding = _folded(subject, inputs)
-            deployed, fusion = fuse(deployed, cases, in_form(deployed, inputs, "plain"))
-        held = in_form(deployed, inputs, "plain")
+            deployed, fusion = fuse(deployed, cases, in_form(deployed, inputs, "held"))
+        held = in_form(deployed, inputs, "held")
     header = {
         **describe.describe_model(held),
         "inputs": describe.describe_inputs(inputs),

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rescompress.layers.integers import in_plain_order, int4_groups, unpack_int4
+from rescompress.layers.integers import check_floating, in_plain_order, int4_groups, unpack_int4
 from rescompress.layers.quantized_linear import QuantizedLinear
 
 
@@ -44,6 +44,7 @@ class Int4WeightLinear(QuantizedLinear):
         return self._scaled(unpack_int4(self.plain_weight(), self.weight_scale.dtype), self.weight_scale)
 
     def forward(self, x: Tensor) -> Tensor:
+        check_floating(x)
         scale = self.weight_scale.to(x.dtype)
         if self.kernel == "shift":
             return F.linear(x, self._scaled(unpack_int4(self.weight, x.dtype), scale), self.bias)

@@ -48,6 +48,19 @@ def int4_groups(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
     return pack_int4(integers), scale
 
 
+def check_floating(x: Tensor) -> None:
+    """Refuse values that a model has cast to the type of a weight, which is int8 now; also in TorchScript.
+
+    Raises:
+        ValueError: they are whole numbers.
+    """
+    if not x.is_floating_point():
+        raise ValueError(
+            "a low-bit layer takes floating-point values; if the model casts its input to the type of this layer's "
+            "weight, leave the layer out with exclude"
+        )
+
+
 def pack_int4(values: Tensor) -> Tensor:
     """Pack whole numbers from -8 to 7 two to a byte: value + 8, the even columns in the low four bits.
 

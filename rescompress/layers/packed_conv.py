@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rescompress.layers.composite import padding_of
-from rescompress.layers.integers import int8_rows
+from rescompress.layers.integers import check_floating, int8_rows
 from rescompress.layers.low_bits import LowBits
 from rescompress.layers.norm_folding import folded
 
@@ -62,9 +62,11 @@ class Int8StaticConv2d(LowBits):
 
     def forward(self, x: Tensor) -> Tensor:
         if not x.is_quantized:
+            check_floating(x)
             x = torch.quantize_per_tensor(x, self.input_scale, self.input_zero_point, torch.quint8)
         y: Tensor = torch.ops.quantized.conv2d(x, self.packed, self.output_scale, self.output_zero_point)
-        return y if self.stays_quantized else y.dequantize()
+        # In training other operators may stand between, such as dropout.
+        return y if self.stays_quantized and not self.training else y.dequantize()
 
     def plain(self) -> dict[str, Tensor]:
         """Return all that the layer holds, as plain tensors by their names in the state dict."""

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rescompress.layers.composite import padding_of
-from rescompress.layers.integers import SMALLEST_SCALE, int8_rows
+from rescompress.layers.integers import SMALLEST_SCALE, check_floating, int8_rows
 from rescompress.layers.low_bits import LowBits
 from rescompress.layers.norm_folding import folded
 from rescompress.layers.onednn_weight import OnednnWeight
@@ -68,6 +68,7 @@ class Int8WeightConv2d(LowBits):
         self.register_buffer("weight_scale", scale)
 
     def forward(self, x: Tensor) -> Tensor:
+        check_floating(x)
         weight = self.weight.to(x.dtype) * self.weight_scale.to(x.dtype).reshape(-1, 1, 1, 1)
         return F.conv2d(x, weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
 
@@ -106,6 +107,7 @@ class Int8DynamicConv2d(Int8WeightConv2d):
         self.ordered = OnednnWeight(self.stride, self.padding, self.dilation, self.groups)
 
     def forward(self, x: Tensor) -> Tensor:
+        check_floating(x)
         wide = x if x.dtype == torch.float64 else x.float()
         # Not aminmax, which takes ten times as long, nor abs, which writes the map once more.
         largest = torch.maximum(wide.amax(dim=[1, 2, 3], keepdim=True), -wide.amin(dim=[1, 2, 3], keepdim=True))

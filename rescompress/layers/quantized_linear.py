@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rescompress.layers.integers import SMALLEST_SCALE, int8_rows
+from rescompress.layers.integers import SMALLEST_SCALE, check_floating, int8_rows
 from rescompress.layers.low_bits import LowBits
 
 
@@ -115,6 +115,7 @@ class Int8WeightLinear(QuantizedLinear):
         return self.weight.to(self.weight_scale.dtype) * self.weight_scale[:, None]
 
     def forward(self, x: Tensor) -> Tensor:
+        check_floating(x)
         scale = self.weight_scale.to(x.dtype)
         if self.kernel == "scale_weight":
             return F.linear(x, self.weight.to(x.dtype) * scale[:, None], self.bias)
@@ -146,6 +147,7 @@ class Int8DynamicLinear(Int8WeightLinear):
         self.smallest = SMALLEST_SCALE
 
     def forward(self, x: Tensor) -> Tensor:
+        check_floating(x)
         rows = x.reshape(-1, x.shape[-1])
         wide = rows if rows.dtype == torch.float64 else rows.float()
         input_scale = (wide.abs().amax(dim=1, keepdim=True) / 127.5).clamp(min=self.smallest)
@@ -179,6 +181,7 @@ class Int8StaticLinear(Int8WeightLinear):
         self.register_buffer("input_scale", torch.full((1, 1), scale, device=linear.weight.device))
 
     def forward(self, x: Tensor) -> Tensor:
+        check_floating(x)
         rows = x.reshape(-1, x.shape[-1])
         wide = rows if rows.dtype == torch.float64 else rows.float()
         values = (wide * (1.0 / self.input_scale)).round().clamp(-128, 127)

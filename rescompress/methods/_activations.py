@@ -12,6 +12,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from rescompress import surgery
 from rescompress.errors import SpecError, one_line
+from rescompress.inputs import tensors_of
 
 ROLES = ("conv", "norm", "act")
 """What may follow a convolution one after the other: its own output, a BatchNorm's, an activation's."""
@@ -82,11 +83,12 @@ def observe(
         watch.start(first=run == 0)
         try:
             with torch.no_grad(), watch:
-                clone(*args, **kwargs)
+                outputs = clone(*args, **kwargs)
         except Exception as error:  # the host's own code runs here and may raise anything
             raise SpecError(
                 f"quantize: {type(model).__name__} does not run on calibration batch {run}: {one_line(error)}"
             ) from error
+        watch.hand_out(outputs)
     for seen in watch.seen.values():
         readers = seen.readers.get("conv", [])
         seen.readers["conv"] = [
@@ -120,9 +122,16 @@ class _Watch(TorchDispatchMode):
         self.paused = True  # looking at a tensor is not reading it
         seen.input_range = _wider(seen.input_range, inputs[0])
         self.paused = False
+        seen.input_shape = seen.input_shape or tuple(inputs[0].shape)
         if self.first:
             seen.calls += 1
-            seen.input_shape = seen.input_shape or tuple(inputs[0].shape)
+
+    def hand_out(self, outputs: Any) -> None:
+        """Count the caller of the model among the readers of what it is given."""
+        for output in tensors_of(outputs):
+            if self.first and output in self.owners:
+                owner, role = self.owners[output]
+                self.seen[owner].readers.setdefault(role, []).append("other:the caller")
 
     def enter_norm(self, name: str) -> None:
         self.inside.append(f"norm:{name}")

@@ -69,6 +69,8 @@ def plan_of(model: nn.Module, name: str, seen: Seen, choice: Choice) -> Plan | s
     weight = layer.weight
     if not isinstance(weight, Tensor):
         return "its weight is no tensor"
+    if "forward" in vars(layer):
+        return "its forward was replaced on the object itself"
     if not weight.is_floating_point():
         return f"its weight is {weight.dtype}"
     if weight.is_meta and not choice.exact:

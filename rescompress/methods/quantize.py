@@ -17,7 +17,7 @@ from rescompress.anatomy import Anatomy, ConvAnatomy, ViTAnatomy
 from rescompress.errors import SpecError, did_you_mean
 from rescompress.layers.low_bits import LowBits
 from rescompress.methods._activations import Seen, observe
-from rescompress.methods._low_bits import Choice, Plan, build, plan_of
+from rescompress.methods._low_bits import FEWEST_WEIGHTS, Choice, Plan, build, plan_of
 from rescompress.spec import Applied, Run, Samples, Stage, Step, check_choice, is_int
 
 SCHEMES = ("w8", "w8a8", "w8a8_static", "w4")
@@ -104,6 +104,7 @@ class Quantize(Step):
                 plans.append(plan)
         done = build(model, plans, seen, choice)
         left |= {found.name: found.left for found in done if found.left}
+        left |= _other_weights(model, names)
         if all(found.left for found in done):
             raise SpecError(
                 f"quantize.scheme={self.scheme!r} leaves every layer of this {type(model).__name__} in floating "
@@ -153,6 +154,18 @@ class Quantize(Step):
             elif name == last and not (self.head or named):
                 left[name] = "the head (head=True quantizes it)"
         return left
+
+
+def _other_weights(model: nn.Module, names: list[str]) -> dict[str, str]:
+    """Return the modules with large weights that are no linear layers or 2-D convolutions, and what they are."""
+    found = {}
+    for name, module in model.named_modules():
+        own = dict(module.named_parameters(recurse=False))
+        large = any("weight" in key and p.ndim > 1 and p.numel() >= FEWEST_WEIGHTS for key, p in own.items())
+        if large and name not in names:
+            kind = type(module).__name__
+            found[name] = f"{kind} is not a linear layer or a 2-D convolution, or reads its weight itself"
+    return found
 
 
 def _example_run(model: nn.Module, anatomy: Anatomy) -> Run:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import rescompress as rc
 from rescompress import surgery
 from rescompress.compress import record_of
+from rescompress.export import read_header
 from rescompress.layers.int4_linear import Int4WeightLinear
 from rescompress.layers.kernels import choose_kernel
 from rescompress.layers.low_bits import LowBits
@@ -329,3 +330,105 @@ def test_a_model_that_no_family_describes_is_quantized_all_the_same(scheme, tmp_
     assert 0 < (found - wanted).norm() < 0.05 * wanted.norm()
     program = rc.load(rc.export(small, tmp_path / "small.pt", x, fold=False))
     torch.testing.assert_close(program(x), found, rtol=1e-5, atol=1e-6)
+
+
+class Chain(nn.Module):
+    """Four convolutions in a row, which hand 8-bit maps on; the hooks for trouble are arguments."""
+
+    def __init__(self, *, returns=False, shared=False, casts=False, later=False):
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1)
+        self.conv3, self.conv4 = nn.Conv2d(16, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1)
+        self.dropout, self.head = nn.Dropout2d(), nn.Linear(16, 64)
+        self.returns, self.shared, self.casts, self.later = returns, shared, casts, later
+
+    def forward(self, x):
+        x = self.conv1(x).relu()
+        if self.casts:
+            x = x.to(self.conv2.weight.dtype)
+        second = self.conv2(x).relu()
+        third = (self.conv2 if self.shared else self.conv3)(self.dropout(second)).relu()
+        if not self.later or x.shape[-1] > 16:
+            third = self.conv4(third).relu()
+        scores = self.head(third.mean((2, 3)))
+        return {"scores": scores, "maps": [second, third]} if self.returns else scores
+
+
+def chain(**options):
+    torch.manual_seed(0)
+    return Chain(**options).eval(), torch.randn(2, 3, 16, 16)
+
+
+def test_a_map_that_is_returned_is_in_floating_point():
+    model, x = chain(returns=True)
+
+    small = rc.compress(model, Quantize(scheme="w8a8_static"), example_input=x, calibration=[x])
+
+    with torch.no_grad():
+        for wanted, found in zip(model(x)["maps"], small(x)["maps"], strict=True):
+            assert found.dtype == torch.float32
+            assert (found - wanted).norm() < 0.05 * wanted.norm()
+
+
+def test_a_static_model_runs_in_training_mode():
+    model, x = chain()
+    small = rc.compress(model, Quantize(scheme="w8a8_static"), example_input=x, calibration=[x])
+    small.train().dropout.eval()
+
+    with torch.no_grad():
+        assert (small(x) - model(x)).norm() < 0.05 * model(x).norm()
+        assert small.dropout.train() and small(x).isfinite().all()
+
+
+def test_a_layer_that_is_first_called_in_a_later_batch_is_quantized():
+    model, x = chain(later=True)
+    larger = torch.randn(1, 3, 24, 24)
+
+    small = rc.compress(model, Quantize(scheme="w8a8_static"), example_input=x, calibration=[x, larger])
+
+    with torch.no_grad():
+        assert (small(larger) - model(larger)).norm() < 0.05 * model(larger).norm()
+
+
+def test_a_convolution_called_twice_is_written_as_torchscript(tmp_path):
+    model, x = chain(shared=True)
+    small = rc.compress(model, Quantize(scheme="w8a8_static"), example_input=x, calibration=[x])
+
+    program = rc.load(rc.export(small, tmp_path / "small.pt", x))
+
+    with torch.no_grad():
+        torch.testing.assert_close(program(x), small(x), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("scheme", ["w8", "w8a8", "w8a8_static"])
+def test_a_model_that_casts_to_the_type_of_a_weight_is_refused(scheme):
+    model, x = chain(casts=True)
+
+    with pytest.raises(rc.UnsupportedModelError):
+        rc.compress(model, Quantize(scheme=scheme), example_input=x, calibration=[x] if "static" in scheme else None)
+
+
+def test_a_forward_put_on_the_object_is_kept():
+    model, x = chain()
+    before = model.conv3.forward
+    model.conv3.forward = lambda x: before(x) * 2
+
+    small = rc.compress(model, Quantize(scheme="w8"), example_input=x)
+
+    assert isinstance(small.conv3, nn.Conv2d)
+    assert any("conv3" in line and "replaced on the object" in line for line in record_of(small).log)
+
+
+def test_weights_of_other_modules_are_listed():
+    model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 3), nn.ConvTranspose2d(16, 16, 3)).eval()
+
+    small = rc.compress(model, Quantize(scheme="w8", head=True), example_input=torch.randn(1, 3, 16, 16))
+
+    assert any("ConvTranspose2d is not a linear layer" in line for line in record_of(small).log)
+
+
+def test_the_version_of_torchao_is_in_the_header(tmp_path):
+    model, x = chain()
+    small = rc.compress(model, Quantize(scheme="w8"), example_input=x)
+
+    assert "torchao" in read_header(rc.export(small, tmp_path / "small.pt", x))["versions"]
