@@ -1,9 +1,15 @@
 """Where the parts of a model are: frozen data that families write and methods read and thread on."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
 
 Grid = tuple[int, int]
 """(height, width) of a map of pixels or tokens."""
+
+
+Refit = Callable[[Any, Any, Grid], None]
+"""refit(host, anatomy, grid): make what a host lays out over its grid fit a new one; `anatomy` is that from before."""
 
 
 def cells(image: Grid, patch: Grid, pads: bool = False) -> Grid:
@@ -20,10 +26,19 @@ class Anatomy:
     Attributes:
         family: name of the family that wrote this, as `rescompress families` lists it
         input_size: (height, width) in pixels of the image that the model was described with
+        host: FQN of the module that the family describes: the empty name is the model itself, another one a backbone
+            or an encoder inside it
+        multiple: what the sides of a smaller grid must be multiples of, for maps that meet again after other strides
+        refit: makes the host's tables and windows fit another grid than they were built for; None where it has none
+        restored: FQNs of modules that make a map (B, C, H, W) for dense prediction, which keeps its size
     """
 
     family: str
     input_size: Grid
+    host: str = ""
+    multiple: int = 1
+    refit: Refit | None = None
+    restored: tuple[str, ...] = ()
 
     @property
     def grid(self) -> Grid | None:
@@ -31,12 +46,32 @@ class Anatomy:
         return None
 
 
+_NAMES = ("first_conv", "patch_conv", "pos_embed", "grid_method", "size_check", "norm")
+
+
+def inside(anatomy: Anatomy, host: str) -> Anatomy:
+    """Return the anatomy of a model that holds what is described as its module `host`: every name gets that prefix."""
+
+    def longer(fqn: str) -> str:
+        return f"{host}.{fqn}" if fqn else host
+
+    changes: dict[str, Any] = {"host": longer(anatomy.host), "restored": tuple(map(longer, anatomy.restored))}
+    for name in _NAMES:
+        fqn = getattr(anatomy, name, None)
+        if fqn is not None:
+            changes[name] = longer(fqn)
+    if isinstance(anatomy, ViTAnatomy):
+        changes["blocks"] = tuple(map(longer, anatomy.blocks))
+        changes["grid_attributes"] = tuple(replace(part, name=longer(part.name)) for part in anatomy.grid_attributes)
+    return replace(anatomy, **changes)
+
+
 @dataclass(frozen=True, kw_only=True)
 class ConvAnatomy(Anatomy):
-    """A network of convolutions.
+    """A network whose stem makes a map that shrinks from stage to stage: convolutions, or attention in windows.
 
     Attributes:
-        first_conv: FQN of the convolution that first touches the image
+        first_conv: FQN of the convolution that first touches the image, or of the block of convolutions that do
         stem_grid: grid of the map that leaves it, after any resizing
     """
 
@@ -69,7 +104,8 @@ class ViTAnatomy(Anatomy):
 
     Attributes:
         image_size: (height, width) of the image that reaches the patches: input_size until it is resized
-        patch_conv: FQN of the convolution that cuts the image into patches
+        patch_conv: FQN of the convolution that cuts the image into patches, or of the first one of a stem that does
+        conv_stem: whether a stem of several convolutions makes the patches, so that no kernel could be made larger
         size_check: FQN of the host's attribute that, when true, makes it take images of its `img_size` only
         pads_image: whether the host fills up the last patches instead of leaving their pixels unread
         patch_size: its kernel, (height, width) in pixels
@@ -105,6 +141,7 @@ class ViTAnatomy(Anatomy):
     pads_image: bool = False
     norm: str | None = None
     mean_pooled: bool = False
+    conv_stem: bool = False
 
     @property
     def grid(self) -> Grid | None:

@@ -1,5 +1,6 @@
 """compress, compress_ and spec_of: carry out a spec on a model, and refuse what cannot be proved harmless."""
 
+import contextlib
 import copy
 import warnings
 from collections.abc import Iterable, Mapping
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from rescompress.anatomy import Anatomy, ConvAnatomy, ViTAnatomy
-from rescompress.errors import RescompressWarning, SpecError, UnsupportedModelError, one_line
+from rescompress.errors import RescompressWarning, SmallerGridError, SpecError, UnsupportedModelError, one_line
 from rescompress.families import describe
 from rescompress.families._base import image_of
 from rescompress.inputs import as_args, default_input
@@ -133,7 +134,7 @@ def default_spec(anatomy: Anatomy, scale: float) -> Spec:
         return Spec.from_dict({"steps": [{"kind": "stem_resize", "scale": scale}]})
     if isinstance(anatomy, ViTAnatomy):
         patches = [patch / scale for patch in anatomy.patch_size]
-        fits = all(
+        fits = not anatomy.conv_stem and all(
             abs(patch - round(patch)) < 1e-6 and side % round(patch) == 0
             for patch, side in zip(patches, anatomy.input_size, strict=True)
         )
@@ -158,11 +159,31 @@ def _checked(
     anatomy = _anatomy_of(model, args, kwargs, wanted)
     resolved = wanted if isinstance(wanted, Spec) else default_spec(anatomy, wanted)
     samples = samples_of(args, kwargs, calibration)
-    # Before the model is touched: a caller may turn warnings into errors, and an error must leave it as it was.
     tried = replace(samples, calibration=samples.calibration[:1]) if few else samples
-    for message in self_check(model, resolved, anatomy, args, kwargs, tried):
+    anatomy, messages = _tried(model, resolved, anatomy, args, kwargs, tried)
+    # Before the model is touched: a caller may turn warnings into errors, and an error must leave it as it was.
+    for message in messages:
         warnings.warn(message, RescompressWarning, stacklevel=4)
     return resolved, anatomy, samples
+
+
+def _tried(
+    model: nn.Module, spec: Spec, anatomy: Anatomy, args: tuple[Any, ...], kwargs: dict[str, Any], samples: Samples
+) -> tuple[Anatomy, list[str]]:
+    """Return the anatomy with which the spec passes the self-check, and its warnings.
+
+    Where maps of other strides meet again (HRNet, U-Nets), a network takes only multiples of its largest stride. What
+    the multiple is shows in trying: the smallest one with which the network works on the smaller grid.
+    """
+    try:
+        return anatomy, self_check(model, spec, anatomy, args, kwargs, samples)
+    except SmallerGridError as refusal:
+        if isinstance(anatomy, ConvAnatomy) and anatomy.multiple == 1:
+            for multiple in (2, 4, 8, 16, 32, 64):
+                rounded = replace(anatomy, multiple=multiple)
+                with contextlib.suppress(SmallerGridError, SpecError):
+                    return rounded, self_check(model, spec, rounded, args, kwargs, samples)
+        raise refusal
 
 
 def samples_of(args: tuple[Any, ...], kwargs: dict[str, Any], calibration: Iterable[Any] | str | None) -> Samples:

@@ -16,6 +16,10 @@ class UnsupportedModelError(RescompressError, TypeError):
     """No family describes the model, or a method cannot be applied to it without changing what it computes."""
 
 
+class SmallerGridError(UnsupportedModelError):
+    """A model does not run on the smaller grid that was asked for; on another one it might."""
+
+
 class InputError(RescompressError, ValueError):
     """A file or value that the user gave (image, weights, model name) is missing, damaged or of the wrong kind."""
 

@@ -199,6 +199,8 @@ def _obstacle(conv: ResizedConv2d) -> str | None:
     for tensor in (conv.weight, conv.bias):
         if tensor is not None and type(tensor.data) is not Tensor:
             return f"its weights are a {type(tensor.data).__name__}, no plain tensor; fold before quantizing"
+    if isinstance(conv.after, Resize2d) and conv.after.multiple > 1:
+        return f"sides are rounded to multiples of {conv.after.multiple}, so its pattern is another for each size"
     if not conv.weight.is_floating_point():
         return f"its weights are {conv.weight.dtype}"
     if conv._forward_hooks or conv._forward_pre_hooks or conv._backward_hooks:

@@ -18,7 +18,7 @@ from torch.utils.flop_counter import flop_registry
 
 from rescompress import surgery
 from rescompress.anatomy import Anatomy, ConvAnatomy, ViTAnatomy
-from rescompress.errors import RescompressWarning, SpecError, UnsupportedModelError, one_line
+from rescompress.errors import RescompressWarning, SmallerGridError, SpecError, UnsupportedModelError, one_line
 from rescompress.spec import Samples, Spec, Stage
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -71,7 +71,8 @@ def self_check(
     resizes = any(step.stage < Stage.PRECISION and step != step.identity() for step in spec)
     called = _watch_new_modules(reduced, before)
     where = "on the smaller grid of" if resizes else "after"
-    small, cost_after = _run(reduced, call, f"this {name} does not work {where} {kinds}")
+    failing = SmallerGridError if resizes else UnsupportedModelError
+    small, cost_after = _run(reduced, call, f"this {name} does not work {where} {kinds}", failing)
     idle = [fqn for fqn, was_called in called.items() if not was_called]
     if idle:
         raise UnsupportedModelError(
@@ -161,7 +162,9 @@ class _CountProducts(TorchDispatchMode):
         return out
 
 
-def _run(model: nn.Module, call: Call, failing: str) -> tuple[Any, int]:
+def _run(
+    model: nn.Module, call: Call, failing: str, kind: type[UnsupportedModelError] = UnsupportedModelError
+) -> tuple[Any, int]:
     """Run a clone; return its outputs and the floating-point operations of its matrix products."""
     args, kwargs = tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, call)
     fast_path = torch.backends.mha.get_fastpath_enabled()
@@ -172,7 +175,7 @@ def _run(model: nn.Module, call: Call, failing: str) -> tuple[Any, int]:
     except Exception as error:  # the host's own code runs here and may raise anything
         shapes = [tuple(leaf.shape) for leaf in tree_leaves(call) if isinstance(leaf, Tensor)]
         reason = one_line(error) if str(error).strip() else _where(error)
-        raise UnsupportedModelError(f"{failing} (inputs {shapes}): {type(error).__name__}: {reason}") from error
+        raise kind(f"{failing} (inputs {shapes}): {type(error).__name__}: {reason}") from error
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
     return outputs, counter.flops

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from rescompress.anatomy import Grid
 from rescompress.errors import UnsupportedModelError
+from rescompress.layers.positions import TableLoader, resample_table
 from rescompress.layers.resize import ResizedConv2d
-from rescompress.layers.wrap import ResizedModule
+from rescompress.layers.wrap import ResizedModule, RestoredMap
 
 
 def get(model: nn.Module, fqn: str) -> nn.Module:
@@ -100,6 +101,33 @@ def set_parameter(model: nn.Module, fqn: str, value: Tensor) -> None:
         owner._buffers[name] = value
 
 
+def resample(model: nn.Module, fqn: str, layout: str, old: Grid, new: Grid, extra: int = 0) -> None:
+    """Resample the parameter or buffer `fqn` from a grid to another; checkpoints of the old grid go on loading.
+
+    `layout` and `extra` are those of `rescompress.layers.positions.LAYOUTS`. Nothing is done where the grids are equal.
+    """
+    if old == new:
+        return
+    set_parameter(model, fqn, resample_table(get_parameter(model, fqn).detach(), layout, old, new, extra))
+    keep_loading(model, fqn, layout, old, new, extra)
+
+
+def keep_loading(model: nn.Module, fqn: str, layout: str, old: Grid, new: Grid, extra: int = 0) -> None:
+    """Let a parameter or buffer that has been resampled load checkpoints of the grid from before."""
+    owner, name = split(fqn)
+    get(model, owner).register_load_state_dict_pre_hook(TableLoader(name, layout, old, new, extra))
+
+
+def restore_map(model: nn.Module, fqn: str, old: Grid, new: Grid) -> None:
+    """Bring the map that leaves the module `fqn` back to its size from before the grid went from `old` to `new`."""
+    factor = (old[0] / new[0], old[1] / new[1])
+    module = get(model, fqn)
+    if isinstance(module, RestoredMap):
+        module.factor = (module.factor[0] * factor[0], module.factor[1] * factor[1])
+    else:
+        swap(model, fqn, RestoredMap(module, factor))
+
+
 def set_attribute(model: nn.Module, fqn: str, value: object) -> None:
     """Set a plain attribute of a module by its FQN."""
     owner, name = split(fqn)
@@ -129,11 +157,12 @@ def clone_shared(
 
 
 def output_grid(conv: nn.Module, grid: Grid) -> Grid:
-    """Return the grid of the map that a convolution alone, without any resizing, makes of a `grid` of pixels."""
-    clone: Any = clone_shared(conv.inner if isinstance(conv, ResizedModule) else conv, "meta")
+    """Return the grid of the map that a stem (a convolution or a block of them) makes of `grid` pixels, unresized."""
+    clone: Any = clone_shared(conv.inner if isinstance(conv, ResizedModule) else conv, "meta").eval()
     dtype = next(clone.parameters()).dtype
+    first = next(module for module in clone.modules() if isinstance(module, nn.Conv2d))
     with torch.no_grad():
-        image = torch.empty((1, clone.in_channels, *grid), device="meta", dtype=dtype)
+        image = torch.empty((1, first.in_channels, *grid), device="meta", dtype=dtype)
         shape = (clone.conv(image) if isinstance(clone, ResizedConv2d) else clone(image)).shape
     return (int(shape[-2]), int(shape[-1]))
 

@@ -3,14 +3,12 @@
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
 from rescompress import surgery
 from rescompress.anatomy import ConvAnatomy
-from rescompress.errors import UnsupportedModelError, one_line
-from rescompress.families._base import Family, class_names, image_of
+from rescompress.errors import UnsupportedModelError
+from rescompress.families._base import Family, class_names, image_of, probe
 
 
 def describe(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ConvAnatomy:
@@ -31,19 +29,33 @@ def describe(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     # The convolutions that read what the first one reads: the image itself, or what was made of it by arithmetic.
     source = next((call.source for call in calls if call.reads_image), calls[0].source)
     readers = list(dict.fromkeys(call.fqn for call in calls if call.source is source))
-    if len(readers) > 1:
+    stem = readers[0] if len(readers) == 1 else _block_around(model, readers)
+    if stem is None:
         raise UnsupportedModelError(
             f"{class_names(model)[0]} reads the image in {len(readers)} convolutions ({', '.join(readers[:4])}); "
             "resizing one of them would not fit the others"
         )
-    first_conv = readers[0]
-    stem_grid = next(call.grid for call in calls if call.fqn == first_conv)
+    grid = next(call.grid for call in calls if call.fqn == readers[0])
+    if len(readers) > 1:
+        grid = surgery.output_grid(surgery.get(model, stem), (int(source.shape[-2]), int(source.shape[-1])))
     return ConvAnatomy(
         family=FAMILY.name,
         input_size=(int(image.shape[-2]), int(image.shape[-1])),
-        first_conv=first_conv,
-        stem_grid=stem_grid,
+        first_conv=stem,
+        stem_grid=grid,
     )
+
+
+def _block_around(model: nn.Module, readers: list[str]) -> str | None:
+    """Return the innermost block that holds all convolutions that read the image; None if that is the model itself.
+
+    Re-parameterised stems add up parallel convolutions; what leaves the block is one map again.
+    """
+    paths = [fqn.split(".")[:-1] for fqn in readers]
+    common = [names[0] for names in zip(*paths, strict=False) if len(set(names)) == 1]
+    while common and isinstance(surgery.get(model, ".".join(common)), nn.ModuleList | nn.ModuleDict):
+        common.pop()  # a list is never called
+    return ".".join(common) or None
 
 
 @dataclass(frozen=True)
@@ -58,33 +70,21 @@ class _Call:
 
 def _convolutions_called(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[_Call]:
     """Run a throw-away clone and return the calls of its convolutions in order."""
-    failure = ""
-    # A model that computes with values (.item(), numpy) fails on the meta device: then run it for real.
-    for device in ("meta", None):
-        clone = surgery.clone_shared(model, device).eval()
-        calls: list[_Call] = []
-        moved_args, moved_kwargs = tree_map(
-            lambda leaf, device=device: leaf.to(device) if device and isinstance(leaf, Tensor) else leaf, (args, kwargs)
-        )
-        image = image_of(model, moved_args, moved_kwargs)
+    calls: list[_Call] = []
+
+    def watch(clone: nn.Module, image: Tensor) -> None:
+        calls.clear()
         for fqn, module in clone.named_modules():
             if isinstance(module, nn.Conv2d):
                 # Hooks on the clone only: it is thrown away.
                 module.register_forward_hook(
-                    lambda _, inputs, output, fqn=fqn, image=image, calls=calls: calls.append(
+                    lambda _, inputs, output, fqn=fqn: calls.append(
                         _Call(fqn, inputs[0], inputs[0] is image, (int(output.shape[-2]), int(output.shape[-1])))
                     )
                 )
-        try:
-            with torch.no_grad():
-                clone(*moved_args, **moved_kwargs)
-            return calls
-        except Exception as error:  # any code of the user's may run here; the reason is reported below
-            failure = f"{type(error).__name__}: {one_line(error)}"
-    raise UnsupportedModelError(
-        f"{class_names(model)[0]} does not run on an input of shape {tuple(image_of(model, args, kwargs).shape)} "
-        f"({failure}); pass an example_input that it takes"
-    )
+
+    probe(model, args, kwargs, watch)
+    return calls
 
 
 FAMILY = Family(

@@ -1,4 +1,4 @@
-"""Resample a patch embedding to another patch size, and a learned position embedding to another grid.
+"""Resample a patch embedding to another patch size.
 
 Beyer et al., "FlexiViT: One Model for All Patch Sizes", https://arxiv.org/abs/2212.08013
 """
@@ -50,24 +50,6 @@ def _resize_matrix(old: int, new: int, like: Tensor) -> Tensor:
     return matrix[0, 0]
 
 
-def resample_pos_embed(pos_embed: Tensor, old: Grid, new: Grid, num_prefix_tokens: int) -> Tensor:
-    """Resize a learned position embedding by antialiased bicubic interpolation; prefix rows are kept.
-
-    Shape:
-        - Input: (1, P + H * W, C) with (H, W) = `old`
-        - Output: (1, P + H' * W', C) with (H', W') = `new`
-    """
-    if old == new:
-        return pos_embed
-    with torch.no_grad():
-        prefix, grid = pos_embed[:, :num_prefix_tokens], pos_embed[:, num_prefix_tokens:]
-        # float32: half precision has no antialiased kernel on every device
-        planes = grid.float().reshape(1, old[0], old[1], -1).permute(0, 3, 1, 2)
-        planes = F.interpolate(planes, size=new, mode="bicubic", align_corners=False, antialias=True)
-        grid = planes.permute(0, 2, 3, 1).reshape(1, new[0] * new[1], -1).to(pos_embed.dtype)
-        return torch.cat([prefix, grid], dim=1)
-
-
 class PatchConv2d(ResizedConv2d):
     """A patch embedding of another patch size that also loads checkpoints of the old one.
 
@@ -108,28 +90,3 @@ class PatchConv2d(ResizedConv2d):
         if isinstance(kernel, Tensor) and kernel.ndim == 4 and kernel.shape[:2] == self.weight.shape[:2]:
             state_dict[prefix + "weight"] = self._resample(kernel)
         super()._load_from_state_dict(state_dict, prefix, *args)
-
-
-class PosEmbedLoader:
-    """State-dict hook: lets a resampled position embedding load checkpoints of the grid from before.
-
-    Register with `owner.register_load_state_dict_pre_hook`. A checkpoint with as many rows as the old grid is taken
-    to have that grid; any other is taken to be square, as position embeddings usually are.
-    """
-
-    def __init__(self, name: str, old: Grid, new: Grid, num_prefix_tokens: int) -> None:
-        self.name = name
-        self.old = old
-        self.new = new
-        self.num_prefix_tokens = num_prefix_tokens
-
-    def __call__(self, module: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Resample `state_dict[prefix + name]` in the dict if its number of rows is not the module's."""
-        loaded = state_dict.get(prefix + self.name)
-        if not isinstance(loaded, Tensor) or loaded.shape == getattr(module, self.name).shape:
-            return
-        rows = loaded.shape[1] - self.num_prefix_tokens
-        side = round(rows**0.5)
-        grid = self.old if rows == self.old[0] * self.old[1] else (side, side)
-        if grid[0] * grid[1] == rows:
-            state_dict[prefix + self.name] = resample_pos_embed(loaded, grid, self.new, self.num_prefix_tokens)

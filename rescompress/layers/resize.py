@@ -20,13 +20,15 @@ class Resize2d(nn.Module):
     With a scale, the output side is floor(side * scale), at least 1, and output pixel j is sampled at
     (j + 0.5) / scale - 0.5 of the input (at floor(j / scale) for nearest): the pattern repeats for any input side,
     which is what makes the exact fold into a convolution possible. At scale 1 the map passes through untouched.
+    With a `multiple`, sides that the scale does not bring to a multiple of it go to the nearest one, the smaller of
+    two as near.
 
     Shape:
         - Input: (B, C, H, W)
         - Output: (B, C, floor(H * scale), floor(W * scale)) or (B, C, *size)
     """
 
-    __constants__ = ["antialias", "mode", "scale", "size"]
+    __constants__ = ["antialias", "mode", "multiple", "scale", "size"]
 
     def __init__(
         self,
@@ -34,6 +36,7 @@ class Resize2d(nn.Module):
         size: Optional[Tuple[int, int]] = None,  # noqa: UP006, UP045
         mode: str = "bilinear",
         antialias: bool = False,
+        multiple: int = 1,
     ) -> None:
         super().__init__()
         if (scale is None) == (size is None):
@@ -42,6 +45,7 @@ class Resize2d(nn.Module):
         self.size = size
         self.mode = mode
         self.antialias = antialias
+        self.multiple = multiple
 
     def target(self, height: int, width: int) -> Tuple[int, int]:  # noqa: UP006
         """Return the (height, width) that a map of this (height, width) is resized to."""
@@ -50,8 +54,16 @@ class Resize2d(nn.Module):
             return size[0], size[1]
         scale = self.scale
         if scale is not None:
-            return max(1, math.floor(height * scale[0])), max(1, math.floor(width * scale[1]))
+            return self.side(height, scale[0]), self.side(width, scale[1])
         return height, width
+
+    def side(self, side: int, scale: float) -> int:
+        """Return the side that a side of a map is brought to by the scale."""
+        multiple = self.multiple
+        if multiple == 1:
+            return max(1, math.floor(side * scale))
+        # ceil(x - 1/2) rounds halves down
+        return max(1, math.ceil(side * scale / multiple - 0.5)) * multiple
 
     def forward(self, x: Tensor) -> Tensor:
         scale = self.scale
@@ -63,14 +75,15 @@ class Resize2d(nn.Module):
             return _interpolate(x, sides, None, self.mode, self.antialias)
         if scale is None or (scale[0] == 1.0 and scale[1] == 1.0):
             return x
-        if x.shape[2] * scale[0] < 1 or x.shape[3] * scale[1] < 1:
+        if self.multiple > 1 or x.shape[2] * scale[0] < 1 or x.shape[3] * scale[1] < 1:
             height, width = self.target(x.shape[2], x.shape[3])
             return _interpolate(x, [height, width], None, self.mode, self.antialias)
         return _interpolate(x, None, [scale[0], scale[1]], self.mode, self.antialias)
 
     def extra_repr(self) -> str:
         what = f"scale={self.scale}" if self.size is None else f"size={self.size}"
-        return f"{what}, mode={self.mode!r}, antialias={self.antialias}"
+        rounding = f", multiple={self.multiple}" if self.multiple > 1 else ""
+        return f"{what}, mode={self.mode!r}, antialias={self.antialias}{rounding}"
 
 
 def _round_up(scale: float) -> float:

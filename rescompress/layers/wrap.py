@@ -3,6 +3,7 @@
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 
 class Wrapped(nn.Module):
@@ -46,3 +47,29 @@ class ResizedModule(Wrapped):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.after(self.inner(self.before(x)))  # type: ignore[no-any-return]
+
+
+class RestoredMap(Wrapped):
+    """A module that predicts for every position of a map, which comes back at the size that it had on the old grid.
+
+    Shape:
+        - Output: the inner module's (B, C, H, W), or a tuple or list of such, resized to (H, W) * `factor`, rounded
+    """
+
+    def __init__(self, inner: nn.Module, factor: tuple[float, float]) -> None:
+        super().__init__(inner)
+        self.factor = factor
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self._restored(self.inner(*args, **kwargs))
+
+    def _restored(self, made: Any) -> Any:
+        if isinstance(made, tuple | list):
+            return type(made)(self._restored(one) for one in made)
+        if not isinstance(made, Tensor) or made.ndim != 4:
+            return made
+        size = [round(side * factor) for side, factor in zip(made.shape[-2:], self.factor, strict=True)]
+        return F.interpolate(made, size=size, mode="bilinear", align_corners=False)
+
+    def extra_repr(self) -> str:
+        return f"factor={self.factor}"

@@ -5,9 +5,8 @@ import dataclasses
 from torch import nn
 
 from rescompress import surgery
-from rescompress.anatomy import Grid, GridAttribute, ViTAnatomy
+from rescompress.anatomy import Anatomy, Grid, GridAttribute, ViTAnatomy
 from rescompress.errors import SpecError, UnsupportedModelError
-from rescompress.layers.resample import PosEmbedLoader, resample_pos_embed
 
 
 def pixels_per_token(image_side: int, grid_side: int) -> int | None:
@@ -16,8 +15,20 @@ def pixels_per_token(image_side: int, grid_side: int) -> int | None:
     return min(candidates, key=lambda p: abs(p - image_side / grid_side), default=None)
 
 
+def follow(model: nn.Module, anatomy: Anatomy, grid: Grid) -> None:
+    """Let what was laid out over the old grid follow to a new one: the host's own tables, and maps of dense outputs."""
+    if anatomy.grid is None or grid == anatomy.grid:
+        return
+    if anatomy.refit is not None:
+        anatomy.refit(surgery.get(model, anatomy.host), anatomy, grid)
+    for fqn in anatomy.restored:
+        surgery.restore_map(model, fqn, anatomy.grid, grid)
+
+
 def can_express(anatomy: ViTAnatomy, grid: Grid) -> bool:
     """Whether the host can be told this grid."""
+    if any(side % anatomy.multiple for side in grid):
+        return False
     if not any(attribute.required for attribute in anatomy.grid_attributes):
         return True
     sides = [pixels_per_token(image, side) for image, side in zip(anatomy.input_size, grid, strict=True)]
@@ -30,6 +41,11 @@ def set_grid(model: nn.Module, anatomy: ViTAnatomy, grid: Grid, patch_size: Grid
     Raises:
         SpecError: the host cannot express the grid.
     """
+    if any(side % anatomy.multiple for side in grid):
+        raise SpecError(
+            f"{type(model).__name__} cannot have a {grid[0]} x {grid[1]} grid: its sides must be multiples of "
+            f"{anatomy.multiple}"
+        )
     if not can_express(anatomy, grid):
         raise SpecError(
             f"{type(model).__name__} cannot have a {grid[0]} x {grid[1]} grid: it computes its grid as image side // "
@@ -44,13 +60,15 @@ def set_grid(model: nn.Module, anatomy: ViTAnatomy, grid: Grid, patch_size: Grid
         num_patch_tokens=(grid[0] * grid[1],) * len(anatomy.grids),
     )
     if anatomy.pos_embed is not None and new.pos_embed_grid != anatomy.pos_embed_grid:
-        prefix = anatomy.pos_embed_prefix_tokens
-        tensor = surgery.get_parameter(model, anatomy.pos_embed).detach()
-        resampled = resample_pos_embed(tensor, anatomy.pos_embed_grid, new.pos_embed_grid, prefix)
-        surgery.set_parameter(model, anatomy.pos_embed, resampled)
-        owner, name = surgery.split(anatomy.pos_embed)
-        loader = PosEmbedLoader(name, anatomy.pos_embed_grid, new.pos_embed_grid, prefix)
-        surgery.get(model, owner).register_load_state_dict_pre_hook(loader)
+        surgery.resample(
+            model,
+            anatomy.pos_embed,
+            "tokens",
+            anatomy.pos_embed_grid,
+            new.pos_embed_grid,
+            anatomy.pos_embed_prefix_tokens,
+        )
+    follow(model, anatomy, grid)
     if grid != anatomy.grid:
         for attribute in anatomy.grid_attributes:
             _write(model, attribute, new, grid)

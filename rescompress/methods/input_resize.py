@@ -13,7 +13,7 @@ from rescompress import surgery
 from rescompress.anatomy import Anatomy, ConvAnatomy, Grid, ViTAnatomy
 from rescompress.errors import SpecError, UnsupportedModelError
 from rescompress.layers.resize import MODES, Resize2d
-from rescompress.methods._grid import can_express, set_grid
+from rescompress.methods._grid import can_express, follow, set_grid
 from rescompress.methods._resizing import check_resize_options, put_resize, warn_if_not_reached
 from rescompress.spec import Stage, Step, as_pair
 
@@ -50,9 +50,9 @@ class InputResize(Step):
         """Return the step that inserts a resize which leaves every image as it is."""
         return InputResize(scale=1.0, mode=self.mode, antialias=self.antialias)
 
-    def _resize(self, scale: tuple[float, float] | None, size: Grid | None) -> Resize2d:
+    def _resize(self, scale: tuple[float, float] | None, size: Grid | None, multiple: int = 1) -> Resize2d:
         antialias = self.mode in ("bilinear", "bicubic") if self.antialias is None else self.antialias
-        return Resize2d(scale, size, self.mode, antialias)
+        return Resize2d(scale, size, self.mode, antialias, multiple)
 
     def apply(self, model: nn.Module, anatomy: Anatomy) -> Anatomy:
         """Put the resize in front of the first convolution."""
@@ -64,7 +64,10 @@ class InputResize(Step):
 
     def _apply_conv(self, model: nn.Module, anatomy: ConvAnatomy) -> Anatomy:
         scale = None if self.scale is None else (float(self.scale), float(self.scale))
-        resize = self._resize(scale, self.size)  # type: ignore[arg-type]  # check_resize_options made it a pair
+        # A stem of stride 2 makes of a multiple of 32 pixels a multiple of 16 positions.
+        stride = max(1, round(anatomy.input_size[0] / anatomy.stem_grid[0]))
+        multiple = anatomy.multiple * stride if anatomy.multiple > 1 else 1
+        resize = self._resize(scale, self.size, multiple)  # type: ignore[arg-type]  # check_resize_options made it a pair
         image = resize.target(*anatomy.input_size)
         self._refuse_larger(anatomy.input_size, image)
         warn_if_not_reached(self.kind, self.scale, anatomy.input_size, image)
@@ -79,7 +82,13 @@ class InputResize(Step):
                     "a resize may not add cost"
                 )
             grid = smaller
+        if any(side % anatomy.multiple for side in grid):
+            raise SpecError(
+                f"input_resize leaves a {grid[0]} x {grid[1]} map behind the stem of this {type(model).__name__}, "
+                f"whose sides must be multiples of {anatomy.multiple}; take a multiple of {multiple} pixels"
+            )
         put_resize(model, anatomy.first_conv, self.kind, before=resize)
+        follow(model, anatomy, grid)
         return dataclasses.replace(anatomy, stem_grid=grid)
 
     def _apply_vit(self, model: nn.Module, anatomy: ViTAnatomy) -> Anatomy:

@@ -63,6 +63,11 @@ class PatchResize(Step):
         if anatomy.grid is None or len(set(anatomy.grids)) > 1:
             raise SpecError("patch_resize must come before steps that change the tokens")
         conv = surgery.get(model, anatomy.patch_conv)
+        if anatomy.conv_stem:
+            raise UnsupportedModelError(
+                f"the patches of this {type(model).__name__} are made by a stem of several convolutions, which has no "
+                "kernel that could be made larger; use input_resize"
+            )
         if not isinstance(conv, nn.Conv2d) or tuple(conv.kernel_size) != tuple(conv.stride):
             raise UnsupportedModelError(f"{anatomy.patch_conv!r} is no convolution whose stride is its kernel")
         image = anatomy.image_size

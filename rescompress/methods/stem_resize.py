@@ -3,6 +3,7 @@
 Morlier et al., "Input Resolution Downsizing as a Compression Technique", https://arxiv.org/abs/2504.03749
 """
 
+import dataclasses
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -11,6 +12,7 @@ from torch import nn
 from rescompress.anatomy import Anatomy, ConvAnatomy
 from rescompress.errors import SpecError, UnsupportedModelError
 from rescompress.layers.resize import MODES, Resize2d
+from rescompress.methods._grid import follow
 from rescompress.methods._resizing import check_resize_options, put_resize, warn_if_not_reached
 from rescompress.spec import Stage, Step
 
@@ -52,7 +54,7 @@ class StemResize(Step):
                 "first convolution cuts the patches; use patch_resize, input_resize, token_pool or token_merge"
             )
         scale = None if self.scale is None else (float(self.scale), float(self.scale))
-        resize = Resize2d(scale, self.size, self.mode, self.antialias)  # type: ignore[arg-type]
+        resize = Resize2d(scale, self.size, self.mode, self.antialias, anatomy.multiple)  # type: ignore[arg-type]
         before = anatomy.stem_grid
         after = resize.target(*before)
         if after[0] > before[0] or after[1] > before[1]:
@@ -60,8 +62,12 @@ class StemResize(Step):
                 f"stem_resize.size={after} is larger than the {before[0]} x {before[1]} map that leaves "
                 f"{anatomy.first_conv!r}; a resize may not add cost"
             )
+        if any(side % anatomy.multiple for side in after):
+            raise SpecError(
+                f"stem_resize.size={after} does not fit this {type(model).__name__}: its sides must be multiples of "
+                f"{anatomy.multiple}"
+            )
         warn_if_not_reached("stem_resize", self.scale, before, after)
         put_resize(model, anatomy.first_conv, "stem_resize", after=resize)
-        return ConvAnatomy(
-            family=anatomy.family, input_size=anatomy.input_size, first_conv=anatomy.first_conv, stem_grid=after
-        )
+        follow(model, anatomy, after)
+        return dataclasses.replace(anatomy, stem_grid=after)

@@ -1,0 +1,98 @@
+"""Resample what a model lays out over a grid, position embeddings and tables of relative positions, to another grid.
+
+A loader keeps checkpoints of the old grid loadable. Liu et al., "Swin Transformer V2", https://arxiv.org/abs/2111.09883,
+for bicubic resampling of relative-position biases.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+Grid = tuple[int, int]
+
+LAYOUTS = ("tokens", "map", "map_last", "relative", "computed")
+"""How a tensor is laid out over a grid of H x W positions, `extra` rows of it belonging to no position:
+
+- tokens: (..., extra + H * W, C), the extra rows first: prefix tokens
+- map: (..., H, W)
+- map_last: (..., H, W, C)
+- relative: ((2H - 1) * (2W - 1) + extra, heads), the extra rows last: class token to tokens and back
+- computed: any shape; made from the grid and never learned, so that a checkpoint's is ignored
+"""
+
+
+def resample_table(table: Tensor, layout: str, old: Grid, new: Grid, extra: int = 0) -> Tensor:
+    """Resize a table by antialiased bicubic interpolation; its extra rows are kept.
+
+    Shape:
+        - Input: as `LAYOUTS` says for the `old` grid
+        - Output: the same for the `new` grid
+    """
+    if old == new:
+        return table
+    with torch.no_grad():
+        if layout == "map":
+            return _resize(table, new)
+        if layout == "map_last":
+            return _resize(table.movedim(-1, -3), new).movedim(-3, -1).contiguous()
+        if layout == "tokens":
+            prefix, rows = table[..., :extra, :], table[..., extra:, :]
+            planes = rows.reshape(*rows.shape[:-2], *old, rows.shape[-1]).movedim(-1, -3)
+            rows = _resize(planes, new).movedim(-3, -1).reshape(*rows.shape[:-2], new[0] * new[1], rows.shape[-1])
+            return torch.cat([prefix, rows], dim=-2)
+        if layout == "relative":
+            distances = (2 * old[0] - 1, 2 * old[1] - 1)
+            kept = distances[0] * distances[1]
+            planes = table[:kept].reshape(*distances, -1).movedim(-1, 0)
+            rows = _resize(planes, (2 * new[0] - 1, 2 * new[1] - 1)).movedim(0, -1).reshape(-1, table.shape[-1])
+            return torch.cat([rows, table[kept:]])
+    raise ValueError(f"a table of layout {layout!r} cannot be resampled")
+
+
+def _resize(planes: Tensor, new: Grid) -> Tensor:
+    # float32: half precision has no antialiased kernel on every device
+    flat = planes.float().reshape(1, -1, *planes.shape[-2:])
+    flat = F.interpolate(flat, size=new, mode="bicubic", align_corners=False, antialias=True)
+    return flat.reshape(*planes.shape[:-2], *new).to(planes.dtype)
+
+
+def _rows(layout: str, grid: Grid) -> int:
+    return (2 * grid[0] - 1) * (2 * grid[1] - 1) if layout == "relative" else grid[0] * grid[1]
+
+
+class TableLoader:
+    """State-dict hook: lets a resampled table load checkpoints of the grid from before.
+
+    Register with `owner.register_load_state_dict_pre_hook`. A checkpoint with as many rows as the old grid is taken
+    to have that grid; any other is taken to be square, as the tables of most models are.
+    """
+
+    def __init__(self, name: str, layout: str, old: Grid, new: Grid, extra: int) -> None:
+        self.name = name
+        self.layout = layout
+        self.old = old
+        self.new = new
+        self.extra = extra
+
+    def __call__(self, module: nn.Module, state_dict: dict[str, object], prefix: str, *args: object) -> None:
+        """Resample `state_dict[prefix + name]` in the dict if its shape is not the module's."""
+        loaded, own = state_dict.get(prefix + self.name), getattr(module, self.name)
+        if not isinstance(loaded, Tensor) or loaded.shape == own.shape:
+            return
+        if self.layout == "computed":
+            state_dict[prefix + self.name] = own
+        elif (grid := self._grid_of(loaded)) is not None:
+            state_dict[prefix + self.name] = resample_table(loaded, self.layout, grid, self.new, self.extra)
+
+    def _grid_of(self, loaded: Tensor) -> Grid | None:
+        """Return the grid that a loaded table is laid out for; None where its shape tells none."""
+        if self.layout == "map":
+            return (loaded.shape[-2], loaded.shape[-1])
+        if self.layout == "map_last":
+            return (loaded.shape[-3], loaded.shape[-2])
+        rows = loaded.shape[0 if self.layout == "relative" else -2] - self.extra
+        if rows == _rows(self.layout, self.old):
+            return self.old
+        side = round(max(rows, 0) ** 0.5)
+        side = (side + 1) // 2 if self.layout == "relative" else side
+        return (side, side) if _rows(self.layout, (side, side)) == rows else None
