@@ -33,6 +33,7 @@ def as_args(example_input: Any) -> Args:
     raise InputError(
         f"an example input is a tensor, a tuple of arguments, a dict of keyword arguments or a pair (args, kwargs), "
         f"got {type(example_input).__name__}; wrap a single argument as (argument,)"
+        + (", and of a DataLoader's [images, labels] give the images" if isinstance(example_input, list) else "")
     )
 
 
@@ -106,7 +107,7 @@ def default_input(model: nn.Module, size: tuple[int, int] | None = None) -> Tens
     """Return one random image of the size, channels and dtype that the model's own config names.
 
     timm's `pretrained_cfg` and `patch_embed.img_size`, torchvision's `image_size`, Hugging Face's `config.image_size`
-    are read; without any, the image is 3 x 224 x 224. `size`, (height, width), is taken instead of any. The global
+    and the sizes to which torchvision's detectors bring their images are read; without any, the image is 3 x 224 x 224. `size`, (height, width), is taken instead of any. The global
     random state is not touched.
 
     Shape:
@@ -122,7 +123,30 @@ def default_input(model: nn.Module, size: tuple[int, int] | None = None) -> Tens
     return image.to(device=tensor.device, dtype=dtype)
 
 
+_DETECTORS = (
+    "torchvision.models.detection.generalized_rcnn.GeneralizedRCNN",
+    "torchvision.models.detection.retinanet.RetinaNet",
+    "torchvision.models.detection.fcos.FCOS",
+    "torchvision.models.detection.ssd.SSD",
+)
+
+
+def default_args(model: nn.Module, size: tuple[int, int] | None = None) -> Args:
+    """Return the arguments of a call with the image of `default_input`: in a list (3, H, W) where the model asks for it.
+
+    The detectors of torchvision take a list of images of any size.
+    """
+    image = default_input(model, size)
+    names = {f"{base.__module__}.{base.__qualname__}" for base in type(model).__mro__}
+    return (([image[0]],) if names & set(_DETECTORS) else (image,)), {}
+
+
 def _input_size(model: nn.Module) -> tuple[int, int, int]:
+    transform = getattr(model, "transform", None)
+    if hasattr(transform, "min_size") and hasattr(transform, "fixed_size"):  # a detector of torchvision
+        smallest = int(transform.min_size[-1])
+        height, width = transform.fixed_size or (smallest, min(smallest * 4 // 3, int(transform.max_size)))
+        return 3, int(height), int(width)
     cfg = getattr(model, "pretrained_cfg", None)
     cfg = cfg if isinstance(cfg, Mapping) else {}
     channels, height, width = cfg.get("input_size") or (3, 224, 224)

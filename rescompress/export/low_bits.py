@@ -34,7 +34,7 @@ from rescompress.layers.int4_linear import Int4WeightLinear
 from rescompress.layers.low_bits import LowBits
 from rescompress.layers.packed_conv import Int8StaticConv2d
 from rescompress.layers.quantized_conv import Int8DynamicConv2d
-from rescompress.layers.quantized_linear import Int8DynamicLinear, Int8StaticLinear, Int8WeightLinear
+from rescompress.layers.quantized_linear import Int8ProductLinear, Int8WeightLinear
 
 _STATIC_CONVS: dict[str, type[StaticConv2d]] = {
     "held": PlainStaticConv2d,
@@ -47,7 +47,7 @@ DISTURBED_RUNS = 2
 LEAST_SLACK, MOST_SLACK = 0.05, 0.5
 """Bounds of the slack: one value rounded to its neighbour; beyond, a comparison would prove nothing."""
 
-_ROUNDING = (Int8StaticConv2d, Int8DynamicConv2d, Int8DynamicLinear, Int8StaticLinear)
+_ROUNDING = (Int8StaticConv2d, Int8DynamicConv2d, Int8ProductLinear)
 
 
 def rounds(model: nn.Module) -> bool:
@@ -152,7 +152,7 @@ def _onnx_kernel(layer: LowBits) -> str:
     """Return the kernel whose operators ONNX has."""
     if isinstance(layer, Int8DynamicConv2d):
         return "float"
-    if isinstance(layer, Int8DynamicLinear | Int8StaticLinear):
+    if isinstance(layer, Int8ProductLinear):
         return "uint8"  # MatMulInteger; one operand unsigned is what processors multiply fastest
     if isinstance(layer, Int8WeightLinear):
         return "scale_output"

@@ -18,7 +18,7 @@ from rescompress.export.checking import DYNAMIC, Case, expected_outputs, quietly
 from rescompress.export.fuse import fuse
 from rescompress.export.low_bits import in_form, with_slack
 from rescompress.fold import fold, fold_decisions
-from rescompress.inputs import Args, as_args, default_input
+from rescompress.inputs import Args, as_args, default_args
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def prepare(
     if dynamic not in DYNAMIC:
         raise ExportError(f"dynamic must be one of {', '.join(map(repr, DYNAMIC))}, got {dynamic!r}{_hint(dynamic)}")
     _refuse_what_cannot_be_saved(model)
-    inputs = as_args(default_input(model) if example_input is None else example_input)
+    inputs = as_args(default_args(model) if example_input is None else example_input)
     # A program is compiled for the order of memory of its example, and inputs are brought into this one.
     inputs = tree_map(lambda leaf: leaf.contiguous() if isinstance(leaf, Tensor) else leaf, inputs)
     given = {

@@ -19,29 +19,17 @@ class Int4WeightLinear(QuantizedLinear):
     Args:
         linear: what it replaces.
         group_size: inputs that share a scale.
-
-    Shape:
-        - Input: (*, I)
-        - Output: (*, O)
     """
 
     KERNELS: ClassVar[tuple[str, ...]] = ("shift", "lookup", "cpu_tiles", "cuda_tiles")
-    OWN_ORDER: ClassVar[tuple[str, ...]] = ("cpu_tiles", "cuda_tiles")
-    weight: Tensor
-    weight_scale: Tensor
+    OWN_ORDER: ClassVar[dict[str, str]] = {"cpu_tiles": "cpu", "cuda_tiles": "cuda"}
 
     def __init__(self, linear: nn.Linear, group_size: int) -> None:
-        super().__init__(linear)
+        super().__init__(linear, *int4_groups(linear.weight, group_size))
         self.group_size = group_size
-        for name, value in self.quantized(linear.weight).items():
-            self.register_buffer(name, value)
 
-    def quantized(self, weight: Tensor) -> dict[str, Tensor]:
-        packed, scale = int4_groups(weight, self.group_size)
-        return {"weight": packed, "weight_scale": scale}
-
-    def dequantized(self) -> Tensor:
-        return self._scaled(unpack_int4(self.plain_weight(), self.weight_scale.dtype), self.weight_scale)
+    def quantized(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        return int4_groups(weight, self.group_size)
 
     def forward(self, x: Tensor) -> Tensor:
         check_floating(x)
@@ -59,11 +47,7 @@ class Int4WeightLinear(QuantizedLinear):
             y = torch._weight_int4pack_mm_for_cpu(rows, self.weight, self.group_size, scales_and_zeros)
         else:
             y = torch._weight_int4pack_mm(rows, self.weight, self.group_size, scales_and_zeros)
-        y = y.reshape(x.shape[:-1] + y.shape[1:])
-        bias = self.bias
-        if bias is not None:
-            y = y + bias
-        return y
+        return self._with_bias(y.reshape(x.shape[:-1] + y.shape[1:]))
 
     def plain_weight(self) -> Tensor:
         """Return the weight in the order that any machine reads."""
@@ -76,9 +60,10 @@ class Int4WeightLinear(QuantizedLinear):
         groups = values.reshape(self.out_features, -1, self.group_size) * scale[:, :, None]
         return groups.reshape(self.out_features, self.in_features)
 
+    def _hold(self, plain: Tensor, kernel: str) -> None:
+        self.weight = self._ordered(plain, kernel) if kernel in self.OWN_ORDER else plain
+
     def _ordered(self, plain: Tensor, kernel: str) -> Tensor:
-        if plain.device.type != kernel.partition("_")[0]:
-            raise NotImplementedError(f"{kernel} does not run on {plain.device.type}")
         if kernel == "cpu_tiles":
             ordered: Tensor = torch._convert_weight_to_int4pack_for_cpu(unpack_int4(plain, torch.int32) + 8, 1)
             return ordered

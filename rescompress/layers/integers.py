@@ -61,6 +61,16 @@ def check_floating(x: Tensor) -> None:
         )
 
 
+def check_batch(x: Tensor) -> None:
+    """Refuse a single image (C, H, W), which `nn.Conv2d` takes and int8 convolutions do not; also in TorchScript.
+
+    Raises:
+        ValueError: it is no batch of maps.
+    """
+    if x.dim() != 4:
+        raise ValueError(f"an int8 convolution takes maps (B, C, H, W), got {x.dim()} dimensions; give x[None] for x")
+
+
 def pack_int4(values: Tensor) -> Tensor:
     """Pack whole numbers from -8 to 7 two to a byte: value + 8, the even columns in the low four bits.
 

@@ -4,6 +4,12 @@ from typing import Any, ClassVar, Self
 
 from torch import Tensor, nn
 
+from rescompress.errors import RescompressError, one_line
+
+
+class KernelError(RescompressError, RuntimeError):
+    """A layer cannot hold its weight as a kernel reads it, and the message says why."""
+
 
 class LowBits(nn.Module):
     """A layer with low-bit weights that can be computed in several ways.
@@ -14,13 +20,13 @@ class LowBits(nn.Module):
     Attributes:
         KERNELS: the ways to compute it; the first is the reference that the others must agree with, and of those about
             as fast the last is taken
-        OWN_ORDER: those of them that hold the weight in an order of this machine
+        OWN_ORDER: those of them that hold the weight in an order of this machine, and the type of device they run on
         kernel: the one in use; `use` changes it
         portable: the best of the others, which `for_export` changes to where the kernel in use is among OWN_ORDER
     """
 
     KERNELS: ClassVar[tuple[str, ...]] = ("reference",)
-    OWN_ORDER: ClassVar[tuple[str, ...]] = ()
+    OWN_ORDER: ClassVar[dict[str, str]] = {}
     kernel: str
     portable: str
     weight: Tensor
@@ -33,7 +39,7 @@ class LowBits(nn.Module):
         """Compute with this kernel from now on, with the weight in the order that it reads.
 
         Raises:
-            RuntimeError: this machine, or the weight's shape or device, does not have the kernel; nothing has changed.
+            KernelError: this machine, or the weight's shape or device, does not have the kernel; nothing has changed.
             ValueError: no such kernel.
         """
         if kernel not in self.KERNELS:
@@ -42,14 +48,20 @@ class LowBits(nn.Module):
             return
         if kernel in self.OWN_ORDER or self.kernel in self.OWN_ORDER:
             plain = self.plain_weight()
-            self._hold(self._ordered(plain, kernel) if kernel in self.OWN_ORDER else plain, kernel)
+            needed, found = self.OWN_ORDER.get(kernel, ""), plain.device.type
+            if needed not in ("", found):
+                raise KernelError(f"kernel {kernel!r} of {type(self).__name__} is for {needed}, its weight on {found}")
+            try:
+                self._hold(plain, kernel)
+            except RuntimeError as error:  # torch's own: this shape, processor or build lacks the operator
+                raise KernelError(f"{type(self).__name__} cannot use {kernel!r}: {one_line(error)}") from error
         self.kernel = kernel
 
     def twin(self, kernel: str) -> Self:
         """Return a layer that computes with another kernel and shares all that it can with this one.
 
         Raises:
-            RuntimeError: this machine, or the weight's shape or device, does not have the kernel.
+            KernelError: this machine, or the weight's shape or device, does not have the kernel.
         """
         other = type(self).__new__(type(self))
         vars(other).update({**vars(self), "_buffers": dict(self._buffers), "_modules": dict(self._modules)})
@@ -68,13 +80,15 @@ class LowBits(nn.Module):
         """
         return self.twin(self.portable) if self.kernel in self.OWN_ORDER else self
 
-    def _ordered(self, plain: Tensor, kernel: str) -> Tensor:
-        """Return a plain weight in the order of one of OWN_ORDER."""
-        raise NotImplementedError
+    def _hold(self, plain: Tensor, kernel: str) -> None:
+        """Keep a plain weight, in the order that `kernel` reads, instead of the one before.
 
-    def _hold(self, weight: Tensor, kernel: str) -> None:
-        """Keep the weight, which is in the order of `kernel`, instead of the one before."""
-        self.weight = weight
+        Layers with an OWN_ORDER put it in order here.
+
+        Raises:
+            RuntimeError: that cannot be done here; nothing has changed.
+        """
+        self.weight = plain
 
     def _plainly(self, action: Any) -> Any:
         """Do something while the weight is in plain order, and put it back in order where that is still possible."""
@@ -89,7 +103,7 @@ class LowBits(nn.Module):
     def _use_if_possible(self, kernel: str) -> None:
         try:
             self.use(kernel)
-        except (RuntimeError, NotImplementedError):  # another device, or another machine's pickle
+        except KernelError:  # another device, or another machine's pickle
             self.use(self.portable)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:

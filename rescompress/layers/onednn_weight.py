@@ -30,7 +30,8 @@ class OnednnWeight(nn.Module):
         self.zero_points = torch.zeros(plain.shape[0], dtype=torch.int32)
         self.weight = plain
         if plain.numel() > 0:
-            # The order depends on whether there is a scale for each output, not on their values.
+            # For an input of scale 1 around 128, as `forward` gives it. Of the outputs' scales it counts alone that
+            # there is one for each, so ones stand for them.
             self.weight = torch.ops.onednn.qconv_prepack(
                 plain, torch.ones(plain.shape[0]), 1.0, 128, self.stride, self.padding, self.dilation, self.groups, None
             )

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rescompress.layers.composite import padding_of
-from rescompress.layers.integers import check_floating, int8_rows
+from rescompress.layers.integers import check_batch, check_floating, int8_rows
 from rescompress.layers.low_bits import LowBits
 from rescompress.layers.norm_folding import folded
 
@@ -61,6 +61,7 @@ class Int8StaticConv2d(LowBits):
         self.packed: Any = self._pack(*int8_rows(weight, self._bits()), bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        check_batch(x)
         if not x.is_quantized:
             check_floating(x)
             x = torch.quantize_per_tensor(x, self.input_scale, self.input_zero_point, torch.quint8)

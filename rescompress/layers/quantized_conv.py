@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rescompress.layers.composite import padding_of
-from rescompress.layers.integers import SMALLEST_SCALE, check_floating, int8_rows
+from rescompress.layers.integers import SMALLEST_SCALE, check_batch, check_floating, int8_rows
 from rescompress.layers.low_bits import LowBits
 from rescompress.layers.norm_folding import folded
 from rescompress.layers.onednn_weight import OnednnWeight
@@ -98,7 +98,7 @@ class Int8DynamicConv2d(Int8WeightConv2d):
     """
 
     KERNELS: ClassVar[tuple[str, ...]] = ("float", "int8", "uint8", "onednn")
-    OWN_ORDER: ClassVar[tuple[str, ...]] = ("onednn",)
+    OWN_ORDER: ClassVar[dict[str, str]] = {"onednn": "cpu"}
     smallest: float
 
     def __init__(self, conv: nn.Conv2d, norm: nn.Module | None = None) -> None:
@@ -108,6 +108,7 @@ class Int8DynamicConv2d(Int8WeightConv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         check_floating(x)
+        check_batch(x)
         wide = x if x.dtype == torch.float64 else x.float()
         # Not aminmax, which takes ten times as long, nor abs, which writes the map once more.
         largest = torch.maximum(wide.amax(dim=[1, 2, 3], keepdim=True), -wide.amin(dim=[1, 2, 3], keepdim=True))
@@ -159,15 +160,10 @@ class Int8DynamicConv2d(Int8WeightConv2d):
             sums = sums - weight.sum(dim=1, dtype=torch.int32) * 128
         return sums.reshape(windows.shape[0], windows.shape[1], windows.shape[2], -1)
 
-    def _ordered(self, plain: Tensor, kernel: str) -> Tensor:
-        if plain.device.type != "cpu":
-            raise NotImplementedError(f"oneDNN convolves on the CPU, not on {plain.device.type}")
-        return plain
-
-    def _hold(self, weight: Tensor, kernel: str) -> None:
+    def _hold(self, plain: Tensor, kernel: str) -> None:
         # A submodule of its own, since `for_export` and pickling share the others.
         ordered = OnednnWeight(self.stride, self.padding, self.dilation, self.groups)
         if kernel == "onednn":
-            ordered.put(weight)
-        self.ordered = ordered
-        self.weight = torch.empty(0, dtype=torch.int8) if kernel == "onednn" else weight
+            ordered.put(plain)
+            plain = torch.empty(0, dtype=torch.int8)
+        self.ordered, self.weight = ordered, plain

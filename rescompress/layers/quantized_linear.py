@@ -4,6 +4,7 @@ Each class lists the ways to compute it as KERNELS, the first being the referenc
 `rescompress.layers.kernels` times them and sets `kernel`. The arithmetic is that of torchao's int8 tensors.
 """
 
+from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
 import torch
@@ -52,34 +53,46 @@ def scaled_matmul(values: Tensor, weight: Tensor, input_scale: Tensor, weight_sc
     return (sums * input_scale).to(values.dtype) * weight_scale.to(values.dtype)
 
 
-class QuantizedLinear(LowBits):
-    """What the low-bit linear layers share: the bias, the kernel, and loading a checkpoint from before.
+class QuantizedLinear(LowBits, ABC):
+    """What the low-bit linear layers share: the buffers, the bias, and loading a checkpoint from before.
 
     A state dict with a floating-point `weight` is quantized while it is loaded.
+
+    Args:
+        linear: what it replaces.
+        weight: its weight in low bits.
+        weight_scale: what they are multiplied with.
+
+    Shape:
+        - Input: (*, I)
+        - Output: (*, O)
     """
 
+    weight: Tensor
+    weight_scale: Tensor
     bias: Tensor | None
 
-    def __init__(self, linear: nn.Linear) -> None:
+    def __init__(self, linear: nn.Linear, weight: Tensor, weight_scale: Tensor) -> None:
         super().__init__()
         self.in_features = linear.in_features
         self.out_features = linear.out_features
         self.register_parameter("bias", linear.bias)
+        self.register_buffer("weight", weight)
+        self.register_buffer("weight_scale", weight_scale)
 
-    def quantized(self, weight: Tensor) -> dict[str, Tensor]:
-        """Return the buffers that stand for a floating-point weight."""
-        raise NotImplementedError
+    @abstractmethod
+    def quantized(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what stands for a floating-point weight: integers and scales."""
 
-    def dequantized(self) -> Tensor:
-        """Return the weight in floating point, (O, I)."""
-        raise NotImplementedError
+    def _with_bias(self, y: Tensor) -> Tensor:
+        bias = self.bias  # in a local variable, of which TorchScript knows that it stays what it was
+        return y if bias is None else y + bias
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         weight = state_dict.get(prefix + "weight")
         fits = isinstance(weight, Tensor) and weight.shape == (self.out_features, self.in_features)
         if isinstance(weight, Tensor) and fits and weight.is_floating_point():
-            for name, value in self.quantized(weight).items():
-                state_dict[prefix + name] = value
+            state_dict[prefix + "weight"], state_dict[prefix + "weight_scale"] = self.quantized(weight)
             for name, buffer in self._buffers.items():  # what calibration found stays
                 if buffer is not None and name not in self._non_persistent_buffers_set:
                     state_dict.setdefault(prefix + name, buffer)
@@ -91,28 +104,15 @@ class QuantizedLinear(LowBits):
 
 
 class Int8WeightLinear(QuantizedLinear):
-    """A linear layer whose weight is int8 with one scale for each output (w8).
-
-    Shape:
-        - Input: (*, I)
-        - Output: (*, O)
-    """
+    """A linear layer whose weight is int8 with one scale for each output (w8)."""
 
     KERNELS: ClassVar[tuple[str, ...]] = ("scale_output", "scale_weight", "packed")
-    weight: Tensor
-    weight_scale: Tensor
 
     def __init__(self, linear: nn.Linear) -> None:
-        super().__init__(linear)
-        for name, value in self.quantized(linear.weight).items():
-            self.register_buffer(name, value)
+        super().__init__(linear, *int8_rows(linear.weight))
 
-    def quantized(self, weight: Tensor) -> dict[str, Tensor]:
-        integers, scale = int8_rows(weight)
-        return {"weight": integers, "weight_scale": scale}
-
-    def dequantized(self) -> Tensor:
-        return self.weight.to(self.weight_scale.dtype) * self.weight_scale[:, None]
+    def quantized(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        return int8_rows(weight)
 
     def forward(self, x: Tensor) -> Tensor:
         check_floating(x)
@@ -125,54 +125,49 @@ class Int8WeightLinear(QuantizedLinear):
             y = y.reshape(x.shape[:-1] + y.shape[1:])
         else:
             y = F.linear(x, self.weight.to(x.dtype)) * scale
-        bias = self.bias
-        if bias is not None:
-            y = y + bias
-        return y
+        return self._with_bias(y)
 
 
-class Int8DynamicLinear(Int8WeightLinear):
-    """A linear layer that multiplies in int8: activations are quantized as they come, a scale for each token (w8a8).
-
-    Shape:
-        - Input: (*, I)
-        - Output: (*, O)
-    """
+class Int8ProductLinear(Int8WeightLinear, ABC):
+    """What the linear layers that multiply in int8 share: all but where the scale of the activations comes from."""
 
     KERNELS: ClassVar[tuple[str, ...]] = ("float", "int8", "uint8")
+
+    @abstractmethod
+    def _scale_of(self, rows: Tensor) -> Tensor:
+        """Return the scale of each of some rows of activations (M, I), as (M, 1), or one for all, as (1, 1)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        check_floating(x)
+        rows = x.reshape(-1, x.shape[-1])
+        wide = rows if rows.dtype == torch.float64 else rows.float()
+        scale = self._scale_of(wide)
+        values = (wide * (1.0 / scale)).round().clamp(-128, 127)
+        y = scaled_matmul(values, self.weight, scale, self.weight_scale, self.kernel)
+        return self._with_bias(y.to(x.dtype).reshape(x.shape[:-1] + y.shape[1:]))
+
+
+class Int8DynamicLinear(Int8ProductLinear):
+    """A linear layer that multiplies in int8: activations are quantized as they come, a scale for each token (w8a8)."""
+
     smallest: float
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__(linear)
         self.smallest = SMALLEST_SCALE
 
-    def forward(self, x: Tensor) -> Tensor:
-        check_floating(x)
-        rows = x.reshape(-1, x.shape[-1])
-        wide = rows if rows.dtype == torch.float64 else rows.float()
-        input_scale = (wide.abs().amax(dim=1, keepdim=True) / 127.5).clamp(min=self.smallest)
-        values = (wide * (1.0 / input_scale)).round().clamp(-128, 127)
-        y = scaled_matmul(values, self.weight, input_scale, self.weight_scale, self.kernel)
-        y = y.to(x.dtype).reshape(x.shape[:-1] + y.shape[1:])
-        bias = self.bias
-        if bias is not None:
-            y = y + bias
-        return y
+    def _scale_of(self, rows: Tensor) -> Tensor:
+        return (rows.abs().amax(dim=1, keepdim=True) / 127.5).clamp(min=self.smallest)
 
 
-class Int8StaticLinear(Int8WeightLinear):
+class Int8StaticLinear(Int8ProductLinear):
     """A linear layer that multiplies in int8, with one scale for all activations from calibration (w8a8_static).
 
     Args:
         linear: what it replaces.
         largest: largest magnitude of its input.
-
-    Shape:
-        - Input: (*, I)
-        - Output: (*, O)
     """
 
-    KERNELS: ClassVar[tuple[str, ...]] = ("float", "int8", "uint8")
     input_scale: Tensor
 
     def __init__(self, linear: nn.Linear, largest: float) -> None:
@@ -180,14 +175,5 @@ class Int8StaticLinear(Int8WeightLinear):
         scale = max(largest / 127.5, SMALLEST_SCALE)
         self.register_buffer("input_scale", torch.full((1, 1), scale, device=linear.weight.device))
 
-    def forward(self, x: Tensor) -> Tensor:
-        check_floating(x)
-        rows = x.reshape(-1, x.shape[-1])
-        wide = rows if rows.dtype == torch.float64 else rows.float()
-        values = (wide * (1.0 / self.input_scale)).round().clamp(-128, 127)
-        y = scaled_matmul(values, self.weight, self.input_scale, self.weight_scale, self.kernel)
-        y = y.to(x.dtype).reshape(x.shape[:-1] + y.shape[1:])
-        bias = self.bias
-        if bias is not None:
-            y = y + bias
-        return y
+    def _scale_of(self, rows: Tensor) -> Tensor:
+        return self.input_scale

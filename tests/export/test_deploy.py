@@ -8,10 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch import nn
-from torchvision.models.vision_transformer import VisionTransformer
 
 import rescompress as rc
+from tests.export.making import small_vit
 
 DEPLOY = Path(__file__).parents[2] / "scripts" / "deploy"
 
@@ -30,11 +29,8 @@ def programs(tmp_path_factory):
 @pytest.fixture(scope="module")
 def model():
     torch.manual_seed(0)
-    vit = VisionTransformer(
-        image_size=32, patch_size=8, num_layers=2, num_heads=2, hidden_dim=32, mlp_dim=64, num_classes=10
-    )
-    nn.init.normal_(vit.heads.head.weight, std=0.1)
-    return rc.compress(vit, rc.TokenMerge(r=2), example_input=torch.randn(1, 3, 32, 32)).eval()
+    vit, side = small_vit()
+    return rc.compress(vit, rc.TokenMerge(r=2), example_input=torch.randn(1, 3, side, side)).eval()
 
 
 def execute(program, path, shape, data, *options):

@@ -9,11 +9,12 @@ import pytest
 import timm
 import torch
 import torchvision
-from torch import nn
-from torchvision.models.vision_transformer import VisionTransformer
 
 import rescompress as rc
 from rescompress.export import load, read_header
+from tests.export.making import small_vit
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 # Runs every file of a folder on its inputs, and fails if something brought rescompress along.
 RUNNER = """
@@ -52,15 +53,6 @@ def timm_vit():
     return timm.create_model("test_vit", img_size=64), 64
 
 
-def small_vit():
-    # A head of zeros, torchvision's own start, would make every comparison of outputs succeed.
-    vit = VisionTransformer(
-        image_size=32, patch_size=8, num_layers=2, num_heads=2, hidden_dim=32, mlp_dim=64, num_classes=10
-    )
-    nn.init.normal_(vit.heads.head.weight, std=0.1)
-    return vit, 32
-
-
 MODELS = {"resnet": resnet, "torchvision-resnet": torchvision_resnet, "timm-vit": timm_vit, "small-vit": small_vit}
 STEPS = {
     "none": None,
@@ -95,14 +87,6 @@ WHOLE = [
 
 def name_of(cell):
     return f"{cell[0]}-{cell[1]}{cell[2]}"
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def write(cells, folder):

@@ -21,6 +21,7 @@ from rescompress.export import load, read_header
 from rescompress.export.bundle import HEADER_NAME, MAX_HEADER_BYTES, header_text
 from rescompress.export.pickles import MOST_NESTED, PickleError, check_pickle
 from rescompress.export.seal import seal
+from tests.export.making import rewrite
 
 SUFFIXES = [".pt", ".pt2", ".onnx", pytest.param(".aoti.pt2", marks=pytest.mark.slow)]
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -42,19 +43,6 @@ def honest(tmp_path_factory):
     return written
 
 
-@pytest.fixture
-def bait(tmp_path, monkeypatch):
-    """What pickled code would create; nothing that is looked at may."""
-    monkeypatch.chdir(tmp_path)
-    yield Bait()
-    assert not (tmp_path / "RAN").exists(), "something in the file was executed"
-
-
-class Bait:
-    def __reduce__(self):
-        return os.mkdir, ("RAN",)
-
-
 def assert_refused(path, capsys, *, header_too=True):
     """load, read_spec and inspect: an InputError of one line each; the command line ends without a traceback."""
     for read in (load, read_header, rc.read_spec) if header_too else (load,):
@@ -68,14 +56,6 @@ def assert_refused(path, capsys, *, header_too=True):
         shown = capsys.readouterr()
         assert shown.out == ""
         assert shown.err.startswith("error: ") and len(shown.err.splitlines()) == 1
-
-
-def rewrite(source, target, change):
-    """Copy an archive, checksums and all, with changed members: `change(name, data)` gives the new data."""
-    with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w") as new:
-        for info in old.infolist():
-            new.writestr(info.filename, change(info.filename.partition("/")[2], old.read(info)), info.compress_type)
-    return target
 
 
 def changed(member, old, new):

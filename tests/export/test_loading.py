@@ -2,7 +2,6 @@
 
 import io
 import json
-import os
 import pickle
 import re
 import shutil
@@ -18,6 +17,7 @@ from rescompress.export import load, read_header
 from rescompress.export.bundle import HEADER_NAME, header_text
 from rescompress.export.seal import seal
 from rescompress.export.untrusted import is_arithmetic
+from tests.export.making import rewrite
 
 SUFFIXES = [".pt", ".pt2", ".onnx"]
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -33,31 +33,6 @@ def folder(tmp_path_factory):
     with torch.no_grad():
         torch.save(model.eval()(X), folder / "outputs")
     return folder
-
-
-@pytest.fixture
-def bait(tmp_path, monkeypatch):
-    """What pickled code would create; nothing that is loaded may."""
-    monkeypatch.chdir(tmp_path)
-    yield Bait()
-    assert not (tmp_path / "RAN").exists(), "something in the file was executed"
-
-
-class Bait:
-    def __reduce__(self):
-        return os.mkdir, ("RAN",)
-
-
-def rewrite(source, target, change=lambda name, data: data, add=()):
-    """Copy an archive with its members changed, left out (None) or added."""
-    with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w") as new:
-        for info in old.infolist():
-            data = change(info.filename.partition("/")[2], old.read(info))
-            if data is not None:
-                new.writestr(info.filename, data, info.compress_type)
-        for name, data in add:
-            new.writestr(f"small/{name}", data)
-    return target
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)

@@ -21,8 +21,25 @@ SCHEMES = ("fp32", "w8", "w8a8", "w8a8_static", "w4")
 UNSUPPORTED: dict[tuple[str, str, str], str] = {}
 """(method, scheme, format) that cannot be written, and why upstream cannot do it: none is known."""
 
-ROUNDING = ("w8a8", "w8a8_static")
-"""Schemes that round activations: where sums are taken in another order, a value can be rounded to its neighbour."""
+ROUNDED = {
+    ("w8a8", ".pt"): (0.004, 0.4),
+    ("w8a8", ".pt2"): (0.004, 0.4),
+    ("w8a8", ".aoti.pt2"): (0.025, 0.9),
+    ("w8a8", ".onnx"): (0.03, 1.0),
+    ("w8a8_static", ".pt"): (0.004, 0.4),
+    ("w8a8_static", ".pt2"): (0.004, 0.4),
+    ("w8a8_static", ".aoti.pt2"): (0.016, 0.6),
+    ("w8a8_static", ".onnx"): (0.015, 0.9),
+}
+"""How far outputs may be from the model's where activations are rounded: relative to their size, and to how far they
+are from those in full precision. A difference in the last bit rounds a value to its neighbour.
+
+TorchScript and .pt2 run the operators that the model runs: only where a batch norm is fused into the first convolution
+do sums differ (measured: 0.0019 and 0.16). onnxruntime and the compiler take their own sums in norms, softmax and GELU.
+With w8a8 the largest value of every token lies on an edge, because torchao's scale puts it at 127.5: a last bit decides
+it (ONNX 0.0169 and 0.73, compiled 0.0128 and 0.55), and with a scale from calibration few values do (0.0070 and 0.54;
+0.0078 and 0.28). The bounds are about twice that, for other processors; of a distance, never more than all.
+"""
 
 CONSTANT_BYTES = {".pt": 150_000, ".pt2": 500_000, ".onnx": 100_000, ".aoti.pt2": 1_200_000}
 """What a file takes besides its weights: source, graph or machine code of these small networks, and the header."""
@@ -95,9 +112,8 @@ METHODS = {
 
 
 @pytest.fixture(scope="module", params=METHODS)
-def written(request, tmp_path_factory):
+def written(request, one_thread, tmp_path_factory):
     """Write one method with all schemes in all formats, and run the files; (compressed models, inputs, folder)."""
-    torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("files")
     build, step = METHODS[request.param]
     torch.manual_seed(0)
@@ -138,18 +154,16 @@ def test_file_computes_what_the_model_computes(written, scheme, suffix):
 
     found = torch.cat(torch.load(folder / f"{scheme}{suffix}.outputs"))
 
-    if scheme not in ROUNDING:
+    if (scheme, suffix) not in ROUNDED:
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4 * wanted.abs().max().item())
-    else:
-        # The worst is w8a8 in ONNX: torchao's scale puts the largest value of a token between two whole numbers.
-        assert distance(found, wanted) < 0.03
-    if scheme != "fp32":
-        in_floating_point = outputs_of(models["fp32"], inputs)
-        assert distance(found, wanted) < distance(found, in_floating_point)
+        return
+    most, share = ROUNDED[scheme, suffix]
+    assert distance(found, wanted) < most
+    assert distance(found, wanted) < share * distance(found, outputs_of(models["fp32"], inputs))
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("scheme", ROUNDING)
+@pytest.mark.parametrize("scheme", ["w8a8", "w8a8_static"])
 def test_torchscript_computes_every_number_alike(written, scheme, tmp_path):
     models, inputs, _ = written
 

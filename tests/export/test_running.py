@@ -8,9 +8,11 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from torch import nn
-from torchvision.models.vision_transformer import VisionTransformer
 
 import rescompress as rc
+from tests.export.making import small_vit
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 SUFFIXES = [".pt", ".pt2", ".onnx", pytest.param(".aoti.pt2", marks=pytest.mark.slow)]
 THREADS, ROUNDS = 8, 40
@@ -25,23 +27,7 @@ def cnn():
     )  # fmt: skip
 
 
-def vit():
-    model = VisionTransformer(
-        image_size=SIDE, patch_size=8, num_layers=2, num_heads=2, hidden_dim=32, mlp_dim=64, num_classes=10
-    )
-    nn.init.normal_(model.heads.head.weight, std=0.1)  # torchvision's own start is a head of zeros
-    return model
-
-
-MODELS = {"cnn": (cnn, rc.StemResize(scale=0.5)), "vit": (vit, rc.TokenMerge(r=2))}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+MODELS = {"cnn": (cnn, rc.StemResize(scale=0.5)), "vit": (lambda: small_vit()[0], rc.TokenMerge(r=2))}
 
 
 @pytest.fixture(scope="module")

@@ -10,11 +10,13 @@ import pytest
 import timm
 import torch
 from torch import nn
-from torchvision.models.vision_transformer import VisionTransformer
 
 import rescompress as rc
 from rescompress.export import read_header
 from rescompress.measure import compare, weight_bytes
+from tests.export.making import small_vit
+
+pytestmark = pytest.mark.usefixtures("one_thread", "seeded")
 
 # Imports nothing but torch, and fails if something else brought rescompress along.
 RUNNER = """
@@ -36,15 +38,6 @@ def timm_vit():
     return timm.create_model("test_vit", img_size=64), 64
 
 
-def torchvision_vit():
-    # 10 classes; a head of zeros, torchvision's own start, would make every comparison of outputs succeed.
-    vit = VisionTransformer(
-        image_size=32, patch_size=8, num_layers=2, num_heads=2, hidden_dim=32, mlp_dim=64, num_classes=10
-    )
-    nn.init.normal_(vit.heads.head.weight, std=0.1)
-    return vit, 32
-
-
 CASES = {
     "resnet, stem_resize folded": (resnet, rc.StemResize(scale=0.5)),
     "resnet, stem_resize kept": (resnet, rc.StemResize(scale=0.7)),
@@ -54,20 +47,11 @@ CASES = {
     "timm vit, patch_resize": (timm_vit, rc.PatchResize(scale=0.5)),
     "timm vit, token_pool": (timm_vit, rc.TokenPool(after_block=2)),
     "timm vit, token_merge": (timm_vit, rc.TokenMerge(r=2)),
-    "torchvision vit, input_resize": (torchvision_vit, rc.InputResize(scale=0.5)),
-    "torchvision vit, patch_resize": (torchvision_vit, rc.PatchResize(scale=0.5)),
-    "torchvision vit, token_pool": (torchvision_vit, rc.TokenPool(after_block=0)),
-    "torchvision vit, token_merge": (torchvision_vit, rc.TokenMerge(r=2)),
+    "torchvision vit, input_resize": (small_vit, rc.InputResize(scale=0.5)),
+    "torchvision vit, patch_resize": (small_vit, rc.PatchResize(scale=0.5)),
+    "torchvision vit, token_pool": (small_vit, rc.TokenPool(after_block=0)),
+    "torchvision vit, token_merge": (small_vit, rc.TokenMerge(r=2)),
 }
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -210,18 +194,24 @@ def test_what_cannot_be_compiled_is_traced(tmp_path):
     torch.testing.assert_close(torch.jit.load(path)(images)["scores"], model(images)["scores"].detach())
 
 
-class DecidesByBatch(Uncompilable):
-    """A trace of it is wrong for other batch sizes."""
+class Decides(Uncompilable):
+    """A trace of it is wrong for images of another length along that axis."""
+
+    def __init__(self, axis, length):
+        super().__init__()
+        self.axis, self.length = axis, length
 
     def forward(self, *images):
         scores = self.conv(images[0]).mean((2, 3))
-        return scores if images[0].shape[0] == 1 else -scores
+        return scores if images[0].shape[self.axis] == self.length else -scores
 
 
-class OneImageOnly(Uncompilable):
+class Refuses(Decides):
+    """It takes no images of another length along that axis."""
+
     def forward(self, *images):
-        if images[0].shape[0] != 1:
-            raise ValueError("one image only")
+        if images[0].shape[self.axis] != self.length:
+            raise ValueError(f"axis {self.axis} has another length than {self.length}")
         return self.conv(images[0])
 
 
@@ -233,7 +223,7 @@ class Random(nn.Module):
 @pytest.mark.parametrize(
     ("model", "said"),
     [
-        (DecidesByBatch(), "at batch size 3"),
+        (Decides(axis=0, length=1), "at batch size 3"),
         (Random(), "outputs differ"),
         (nn.Linear(7, 7), "does not run on the example input"),
     ],
@@ -252,30 +242,15 @@ def test_what_the_file_does_not_compute_is_not_written(tmp_path, model, said):
 
 def test_a_model_for_one_batch_size_is_written_for_it(tmp_path):
     with pytest.warns(rc.RescompressWarning, match=r"for its example's batch size alone \(1\)") as caught:
-        path = rc.export(OneImageOnly(), tmp_path / "one.pt", torch.randn(1, 3, 8, 8))
+        path = rc.export(Refuses(axis=0, length=1), tmp_path / "one.pt", torch.randn(1, 3, 8, 8))
 
     assert caught[0].filename == __file__
     assert (read_header(path)["dynamic"], read_header(path)["batch_sizes_checked"]) == ("none", [1])
 
 
-class DecidesBySize(Uncompilable):
-    """A trace of it is wrong for other image sizes."""
-
-    def forward(self, *images):
-        scores = self.conv(images[0]).mean((2, 3))
-        return scores if images[0].shape[2] == 8 else -scores
-
-
-class OneSizeOnly(Uncompilable):
-    def forward(self, *images):
-        if images[0].shape[2:] != (8, 8):
-            raise ValueError("8 x 8 pixels only")
-        return self.conv(images[0])
-
-
 def test_a_trace_that_is_wrong_at_other_sizes_says_so(tmp_path):
     with pytest.warns(rc.RescompressWarning, match="for the image size of the example input alone") as caught:
-        path = rc.export(DecidesBySize(), tmp_path / "one.pt", torch.randn(1, 3, 8, 8))
+        path = rc.export(Decides(axis=2, length=8), tmp_path / "one.pt", torch.randn(1, 3, 8, 8))
 
     assert caught[0].filename == __file__
     assert read_header(path)["input_sizes"] == "fixed"
@@ -283,7 +258,7 @@ def test_a_trace_that_is_wrong_at_other_sizes_says_so(tmp_path):
 
 def test_the_sizes_that_a_file_is_for_are_in_its_header(tmp_path):
     x = torch.randn(1, 3, 8, 8)
-    models = {"traced": Uncompilable(), "fixed": OneSizeOnly(), "scripted": nn.Conv2d(3, 4, 3)}
+    models = {"traced": Uncompilable(), "fixed": Refuses(axis=2, length=8), "scripted": nn.Conv2d(3, 4, 3)}
 
     sizes = {name: read_header(rc.export(model, tmp_path / f"{name}.pt", x)) for name, model in models.items()}
 

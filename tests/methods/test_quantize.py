@@ -3,7 +3,6 @@
 import copy
 import io
 import pickle
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,22 +19,15 @@ from rescompress.layers.int4_linear import Int4WeightLinear
 from rescompress.layers.kernels import choose_kernel
 from rescompress.layers.low_bits import LowBits
 from rescompress.layers.packed_conv import Int8StaticConv2d
-from rescompress.layers.quantized_conv import Int8DynamicConv2d
+from rescompress.layers.quantized_conv import Int8DynamicConv2d, Int8WeightConv2d
 from rescompress.layers.quantized_linear import Int8DynamicLinear, Int8WeightLinear
 from rescompress.measure import count_macs
 from rescompress.measure.memory import weight_bytes
 from rescompress.methods.quantize import Quantize
 
+pytestmark = pytest.mark.usefixtures("one_thread", "seeded")
+
 CONVOLUTIONAL = ("w8", "w8a8", "w8a8_static")
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    yield
-    torch.set_num_threads(threads)
 
 
 def residual_net() -> nn.Module:
@@ -250,12 +242,25 @@ def test_wrong_use_is_refused_with_the_remedy(network: nn.Module) -> None:
         rc.compress(network, static, example_input=IMAGES, calibration=IMAGES)
     with pytest.raises(rc.SpecError, match="calibration is empty"):
         rc.compress(network, static, example_input=IMAGES, calibration=[])
+    with pytest.raises(rc.InputError, match=r"got list; .* of a DataLoader's \[images, labels\] give the images"):
+        rc.compress(network, static, example_input=IMAGES, calibration=[[IMAGES, torch.zeros(4)]])
+    with pytest.raises(rc.SpecError, match="calibration batch 1 holds no values"):
+        rc.compress(network, static, example_input=IMAGES, calibration=[IMAGES, IMAGES[:0]])
     with pytest.raises(rc.SpecError, match="w4 is for linear layers"):
         low_bits(network, "w4")
     with pytest.raises(rc.SpecError, match=r"no linear layer or convolution of this ResNet matches 'layer9\.\*'"):
         low_bits(network, "w8", include="layer9.*")
     with pytest.raises(rc.SpecError, match="must come before 'quantize'"):
         rc.Spec.of(Quantize(scheme="w8"), rc.StemResize(scale=0.5))
+
+
+def test_a_layer_without_a_shape_is_refused_until_it_has_one() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.LazyConv2d(16, 3), nn.Conv2d(16, 8, 3)).eval()
+    step = Quantize(scheme="w8")
+    with pytest.raises(rc.UnsupportedModelError, match=r"'1\.weight' has no shape yet; run the model once"):
+        rc.compress(model, step, example_input=IMAGES)
+    model(IMAGES)
+    assert type(rc.compress(model, step, example_input=IMAGES)[1]) is Int8WeightConv2d
 
 
 def test_a_second_step_names_its_layers(transformer: nn.Module) -> None:
@@ -314,10 +319,22 @@ def test_half_and_double_precision_work_or_are_refused(network: nn.Module) -> No
             rc.compress(model, Quantize(scheme="w8a8_static"), example_input=images, calibration=[images])
 
 
+class TwoStems(nn.Module):
+    """No block of it makes one map of the image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fine, self.coarse = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(3, 16, 5, padding=2)
+        self.conv, self.norm, self.head = nn.Conv2d(32, 32, 3), nn.BatchNorm2d(32), nn.Linear(32, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.cat([self.fine(x).relu(), self.coarse(x).relu()], dim=1)
+        return self.head(self.norm(self.conv(x)).relu().mean((2, 3)))
+
+
 @pytest.mark.parametrize("scheme", ["w8a8", "w8a8_static"])
 def test_a_model_that_no_family_describes_is_quantized_all_the_same(scheme, tmp_path):
-    torch.manual_seed(0)
-    model, x = timm.create_model("repvgg_a0", num_classes=10).eval(), torch.randn(2, 3, 32, 32)
+    model, x = TwoStems().eval(), torch.randn(2, 3, 32, 32)
     with pytest.raises(rc.UnsupportedModelError, match="reads the image in 2 convolutions"):
         rc.compress(model, scale=0.5, example_input=x)
 

@@ -4,7 +4,6 @@ Run with `pytest -s tests/methods/test_quantize_accuracy.py` to see the numbers.
 weights and photographs come from the packages of the extra `test`.
 """
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -17,15 +16,9 @@ from torch import Tensor, nn
 import rescompress as rc
 from rescompress.methods.quantize import SCHEMES, Quantize
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 POINTS = {"w8": 1.0, "w8a8": 1.0, "w8a8_static": 1.0, "w4": 3.0}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

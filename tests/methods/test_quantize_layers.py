@@ -4,7 +4,7 @@ import copy
 import io
 import pickle
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,7 +15,7 @@ from rescompress.layers import kernels
 from rescompress.layers.int4_linear import Int4WeightLinear
 from rescompress.layers.integers import int4_groups, int8_rows, pack_int4, unpack_int4
 from rescompress.layers.kernels import choose_kernel
-from rescompress.layers.low_bits import LowBits
+from rescompress.layers.low_bits import KernelError, LowBits
 from rescompress.layers.packed_conv import Int8StaticConv2d
 from rescompress.layers.quantized_conv import Int8DynamicConv2d, Int8WeightConv2d
 from rescompress.layers.quantized_linear import (
@@ -28,14 +28,7 @@ from rescompress.layers.quantized_linear import (
 from rescompress.measure.memory import weight_bytes
 from rescompress.methods.quantize import SCHEMES
 
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread", "seeded")
 
 
 def reference(linear: nn.Linear, config: Callable[[Any], Any]) -> nn.Module:
@@ -145,6 +138,14 @@ def test_an_int8_weight_convolution_is_the_convolution_with_rounded_weights() ->
     torch.testing.assert_close(Int8WeightConv2d(conv)(x), rounded(x), rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("scripted", [False, True], ids=["eager", "scripted"])
+def test_an_int8_convolution_without_a_batch_says_so(scripted: bool) -> None:
+    conv = nn.Conv2d(8, 12, 3)
+    for layer in (Int8DynamicConv2d(conv), Int8StaticConv2d(conv, None, (-1.0, 1.0), (-2.0, 2.0))):
+        with pytest.raises(torch.jit.Error if scripted else ValueError, match=r"\(B, C, H, W\), got 3 dimensions"):
+            (torch.jit.script(layer) if scripted else layer)(torch.randn(8, 9, 9))
+
+
 @pytest.mark.parametrize("groups", [1, 16])
 def test_a_static_convolution_computes_on_whole_numbers_as_emulated(groups: int) -> None:
     conv, norm = nn.Conv2d(16, 16, 3, padding=1, groups=groups, bias=False), nn.BatchNorm2d(16).eval()
@@ -247,9 +248,9 @@ def test_torchscript_writes_the_plain_weight_and_orders_it_when_loaded() -> None
 def test_a_kernel_that_is_not_there_changes_nothing() -> None:
     layer, x = Int4WeightLinear(nn.Linear(96, 40), 16), torch.randn(3, 96)
     wanted = layer(x)
-    with pytest.raises(RuntimeError, match="dividable by 16"):
+    with pytest.raises(KernelError, match=r"Int4WeightLinear cannot use 'cpu_tiles': .* dividable by 16"):
         layer.use("cpu_tiles")
-    with pytest.raises(NotImplementedError, match="cuda_tiles does not run on cpu"):
+    with pytest.raises(KernelError, match="'cuda_tiles' of Int4WeightLinear is for cuda, its weight on cpu"):
         layer.use("cuda_tiles")
     with pytest.raises(ValueError, match="it has shift, lookup, cpu_tiles, cuda_tiles"):
         layer.use("tiles")

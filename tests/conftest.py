@@ -1,0 +1,19 @@
+"""What tests of every folder may ask for: one thread, a seed."""
+
+import pytest
+import torch
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """Small maps are slower on two threads, and much slower beside other work."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def seeded():
+    """Random numbers of a test do not hang on the tests before it."""
+    torch.manual_seed(0)
