@@ -31,6 +31,9 @@ if TYPE_CHECKING:
     from rescompress.methods.stem_resize import StemResize as StemResize
     from rescompress.methods.token_merge import TokenMerge as TokenMerge
     from rescompress.methods.token_pool import TokenPool as TokenPool
+    from rescompress.recover import Distillation as Distillation
+    from rescompress.recover import recalibrate as recalibrate
+    from rescompress.recover import recover as recover
     from rescompress.spec import Spec as Spec
     from rescompress.spec import Stage as Stage
     from rescompress.spec import Step as Step
@@ -60,6 +63,9 @@ _HOME = {
     "StemResize": "methods.stem_resize",
     "TokenMerge": "methods.token_merge",
     "TokenPool": "methods.token_pool",
+    "Distillation": "recover",
+    "recalibrate": "recover",
+    "recover": "recover",
     "Spec": "spec",
     "Stage": "spec",
     "Step": "spec",
