@@ -31,6 +31,7 @@ class Anatomy:
         multiple: what the sides of a smaller grid must be multiples of, for maps that meet again after other strides
         refit: makes the host's tables and windows fit another grid than they were built for; None where it has none
         restored: FQNs of modules that make a map (B, C, H, W) for dense prediction, which keeps its size
+        restored_sizes: the sizes of these maps with the example, in the same order; empty where they are not known
     """
 
     family: str
@@ -39,6 +40,7 @@ class Anatomy:
     multiple: int = 1
     refit: Refit | None = None
     restored: tuple[str, ...] = ()
+    restored_sizes: tuple[Grid, ...] = ()
 
     @property
     def grid(self) -> Grid | None:
@@ -46,7 +48,7 @@ class Anatomy:
         return None
 
 
-_NAMES = ("first_conv", "patch_conv", "pos_embed", "grid_method", "size_check", "norm")
+_NAMES = ("first_conv", "patch_conv", "image_entry", "pos_embed", "grid_method", "size_check", "norm")
 
 
 def inside(anatomy: Anatomy, host: str) -> Anatomy:
@@ -60,10 +62,27 @@ def inside(anatomy: Anatomy, host: str) -> Anatomy:
         fqn = getattr(anatomy, name, None)
         if fqn is not None:
             changes[name] = longer(fqn)
+    if isinstance(anatomy, ConvAnatomy) and anatomy.reader is not None:
+        changes["reader"] = replace(anatomy.reader, name=longer(anatomy.reader.name))
     if isinstance(anatomy, ViTAnatomy):
         changes["blocks"] = tuple(map(longer, anatomy.blocks))
         changes["grid_attributes"] = tuple(replace(part, name=longer(part.name)) for part in anatomy.grid_attributes)
     return replace(anatomy, **changes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageReader:
+    """The module that takes the image itself: in front of it the image can be resized.
+
+    Attributes:
+        name: its FQN
+        channels: of the map that it takes
+        size: (height, width) of that map; a detector has resized the image before
+    """
+
+    name: str
+    channels: int
+    size: Grid
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,10 +92,16 @@ class ConvAnatomy(Anatomy):
     Attributes:
         first_conv: FQN of the convolution that first touches the image, or of the block of convolutions that do
         stem_grid: grid of the map that leaves it, after any resizing
+        reader: what takes the image, where that is not first_conv, a single convolution, at input_size: space-to-depth
+            in front of it, a block, a host that has resized the image before
+        several_branches: whether `first_conv` is a whole network whose branches each read the image, or its size, so
+            that no single map could be resized behind a stem; `stem_grid` is then the grid of the image that they read
     """
 
     first_conv: str
     stem_grid: Grid
+    reader: ImageReader | None = None
+    several_branches: bool = False
 
     @property
     def grid(self) -> Grid:
@@ -89,7 +114,8 @@ class GridAttribute:
 
     Attributes:
         name: FQN of the attribute
-        holds: "pixels_per_token" (an int), "pixels_per_token_pair", "grid", "num_tokens" or "num_tokens_and_prefix"
+        holds: "pixels_per_token" (an int), "pixels_per_token_pair", "patch" (the pair of the patches themselves,
+            whatever is resized in front of them), "grid", "num_tokens" or "num_tokens_and_prefix"
         required: whether the host computes the grid from it, so that a grid that it cannot express is impossible
     """
 
@@ -104,7 +130,11 @@ class ViTAnatomy(Anatomy):
 
     Attributes:
         image_size: (height, width) of the image that reaches the patches: input_size until it is resized
-        patch_conv: FQN of the convolution that cuts the image into patches, or of the first one of a stem that does
+        patch_conv: FQN of the convolution that cuts the image into patches, or of the first one of a stem that does,
+            or of the linear layer that reads patches which the host has cut
+        patch_layout: how pixels and channels of a patch follow each other in what that linear layer reads, "hwc" or
+            "chw"; None where it is a convolution
+        image_entry: FQN of the module that takes the image where that is not `patch_conv`
         conv_stem: whether a stem of several convolutions makes the patches, so that no kernel could be made larger
         size_check: FQN of the host's attribute that, when true, makes it take images of its `img_size` only
         pads_image: whether the host fills up the last patches instead of leaving their pixels unread
@@ -122,6 +152,11 @@ class ViTAnatomy(Anatomy):
         fixed_input: whether the host takes images of one size only
         norm: FQN of the norm that follows the last block; None if there is none
         mean_pooled: whether the head takes the mean over the patch tokens
+        dense_tokens: whether something behind the blocks reads the tokens of one or several blocks as maps of the full
+            grid (heads of segmentation, spatial mergers): token_pool and token_merge then shorten the sequence inside
+            each block only, and every block gives back as many tokens as it got
+        prefix_from_block: index of the first block whose input holds the prefix tokens: 0, unless they join later
+            (ConViT), and the number of blocks where they join behind the last (CaiT, XCiT)
     """
 
     image_size: Grid
@@ -142,6 +177,10 @@ class ViTAnatomy(Anatomy):
     norm: str | None = None
     mean_pooled: bool = False
     conv_stem: bool = False
+    patch_layout: str | None = None
+    image_entry: str | None = None
+    dense_tokens: bool = False
+    prefix_from_block: int = 0
 
     @property
     def grid(self) -> Grid | None:

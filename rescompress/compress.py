@@ -10,13 +10,14 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_map
 
 from rescompress.anatomy import Anatomy, ConvAnatomy, ViTAnatomy
 from rescompress.errors import RescompressWarning, SmallerGridError, SpecError, UnsupportedModelError, one_line
-from rescompress.families import describe
+from rescompress.families import _hf_config, describe
 from rescompress.families._base import image_of
-from rescompress.inputs import as_args, default_input
+from rescompress.inputs import as_args, default_args, tensors_of
 from rescompress.self_check import apply_steps, self_check
 from rescompress.spec import Samples, Spec, Stage, Step, check_scale
 
@@ -60,7 +61,8 @@ def compress(
         model: a model of any family (`rescompress families`), in any mode, on any device.
         spec: a Spec, a Step, a dict, or the path of a .yaml or .json file.
         scale: instead of a spec, output side over input side of the grid that the network computes on, in (0, 1]:
-            StemResize for convolutional networks, PatchResize for ViTs, or InputResize where the patches do not fit.
+            StemResize for convolutional networks, PatchResize for ViTs, or InputResize where the patches do not fit
+            or several branches read the image.
         example_input: a tensor or a tuple of arguments as for torch.export; by default from the model's own config,
             else 1 x 3 x 224 x 224.
         calibration: inputs that stand for real ones, each given like `example_input`, for steps that find ranges of
@@ -131,7 +133,8 @@ def default_spec(anatomy: Anatomy, scale: float) -> Spec:
     # By name: methods and their options are data here, as in a file.
     check_scale("scale", scale)
     if isinstance(anatomy, ConvAnatomy):
-        return Spec.from_dict({"steps": [{"kind": "stem_resize", "scale": scale}]})
+        kind = "input_resize" if anatomy.several_branches else "stem_resize"
+        return Spec.from_dict({"steps": [{"kind": kind, "scale": scale}]})
     if isinstance(anatomy, ViTAnatomy):
         patches = [patch / scale for patch in anatomy.patch_size]
         fits = not anatomy.conv_stem and all(
@@ -181,7 +184,7 @@ def _tried(
         if isinstance(anatomy, ConvAnatomy) and anatomy.multiple == 1:
             for multiple in (2, 4, 8, 16, 32, 64):
                 rounded = replace(anatomy, multiple=multiple)
-                with contextlib.suppress(SmallerGridError, SpecError):
+                with contextlib.suppress(UnsupportedModelError, SpecError):  # no grid of its own is such a multiple
                     return rounded, self_check(model, spec, rounded, args, kwargs, samples)
         raise refusal
 
@@ -190,7 +193,7 @@ def samples_of(args: tuple[Any, ...], kwargs: dict[str, Any], calibration: Itera
     """Return the example and the calibration inputs as steps take them.
 
     Raises:
-        SpecError: the calibration is neither inputs nor "random", or is empty.
+        SpecError: the calibration is neither inputs nor "random", or it or one of its batches is empty.
     """
     example = (args, kwargs)
     if calibration is None:
@@ -209,6 +212,9 @@ def samples_of(args: tuple[Any, ...], kwargs: dict[str, Any], calibration: Itera
     batches = tuple(as_args(batch) for batch in calibration)
     if not batches:
         raise SpecError("calibration is empty; give at least one batch of inputs")
+    for number, batch in enumerate(batches):
+        if all(tensor.numel() == 0 for tensor in tensors_of(batch)):
+            raise SpecError(f"calibration batch {number} holds no values, so no range shows in it; leave it out")
     return Samples(example, batches)
 
 
@@ -217,12 +223,15 @@ def _example(model: nn.Module, example_input: Any) -> tuple[tuple[Any, ...], dic
         raise UnsupportedModelError("a TorchScript module cannot be changed; compress the nn.Module it was made from")
     if not isinstance(model, nn.Module):
         raise UnsupportedModelError(f"compress takes an nn.Module, got {type(model).__name__}")
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if is_lazy(tensor):
+            raise UnsupportedModelError(f"{name!r} has no shape yet; run the model once on an input before compressing")
     record = getattr(model, _RECORD, None)
     if isinstance(record, Record) and record.folded:
         raise SpecError("this model has been folded for deployment; compress the model that it was folded from")
     if example_input is None:
         size = record.anatomy.input_size if isinstance(record, Record) else None
-        return as_args(default_input(model, size))
+        return default_args(model, size)
     return as_args(example_input)
 
 
@@ -278,5 +287,8 @@ def carry_out(model: Model, spec: Spec, anatomy: Anatomy, samples: Samples | Non
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RescompressWarning)  # the check has given them
         anatomy, log = apply_steps(model, spec, anatomy, samples)
+    if _hf_config.is_pretrained(model):
+        _hf_config.write(model, [_hf_config.part("", whole, anatomy)])
+        log += _hf_config.lines(spec, anatomy)
     setattr(model, _RECORD, Record(whole, anatomy, earlier.log + log))
     return model

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_map
 
 from rescompress import surgery
 from rescompress.errors import RescompressWarning, UnsupportedModelError
-from rescompress.inputs import as_args, default_input
+from rescompress.inputs import as_args, default_args
 from rescompress.layers.composite import Axis, Pair, as_pair, axes_of, build, padding_of
 from rescompress.layers.folded import output_side
 from rescompress.layers.resize import Resize2d, ResizedConv2d, pad_same
@@ -112,7 +112,7 @@ def _plan(model: nn.Module, example_input: Any, force: bool) -> list[tuple[FoldD
     found = {name: conv for name, conv in model.named_modules() if isinstance(conv, ResizedConv2d) and _resizes(conv)}
     if not found:
         return []
-    shapes = _input_shapes(model, found, default_input(model) if example_input is None else example_input)
+    shapes = _input_shapes(model, found, default_args(model) if example_input is None else example_input)
     return [_decide(name, conv, shapes[name], force) for name, conv in found.items()]
 
 

@@ -106,9 +106,9 @@ def _has_list_of_tensors(value: Any) -> bool:
 def default_input(model: nn.Module, size: tuple[int, int] | None = None) -> Tensor:
     """Return one random image of the size, channels and dtype that the model's own config names.
 
-    timm's `pretrained_cfg` and `patch_embed.img_size`, torchvision's `image_size`, Hugging Face's `config.image_size`
-    and the sizes to which torchvision's detectors bring their images are read; without any, the image is 3 x 224 x 224. `size`, (height, width), is taken instead of any. The global
-    random state is not touched.
+    timm's `pretrained_cfg` and `patch_embed.img_size`, torchvision's `image_size` and the size to which its detectors
+    bring their images, Hugging Face's `config.image_size` are read; without any, the image is 3 x 224 x 224. `size`,
+    (height, width), is taken instead of any. The global random state is not touched.
 
     Shape:
         - Output: (1, C, H, W), values in [0, 1)
@@ -132,7 +132,7 @@ _DETECTORS = (
 
 
 def default_args(model: nn.Module, size: tuple[int, int] | None = None) -> Args:
-    """Return the arguments of a call with the image of `default_input`: in a list (3, H, W) where the model asks for it.
+    """Return the arguments of a call with the image of `default_input`, in a list as (3, H, W) where that is asked for.
 
     The detectors of torchvision take a list of images of any size.
     """
@@ -142,7 +142,7 @@ def default_args(model: nn.Module, size: tuple[int, int] | None = None) -> Args:
 
 
 def _input_size(model: nn.Module) -> tuple[int, int, int]:
-    transform = getattr(model, "transform", None)
+    transform: Any = getattr(model, "transform", None)
     if hasattr(transform, "min_size") and hasattr(transform, "fixed_size"):  # a detector of torchvision
         smallest = int(transform.min_size[-1])
         height, width = transform.fixed_size or (smallest, min(smallest * 4 // 3, int(transform.max_size)))

@@ -42,6 +42,7 @@ def swap(model: nn.Module, fqn: str, new: nn.Module) -> None:
     old = get(model, fqn)
     if old is model:
         raise UnsupportedModelError("the model itself cannot be swapped, only its parts")
+    _move_recorders(old, new)
     _refuse_lost_hooks(fqn, old, new)
     new.train(old.training)
     for module in list(model.modules()):
@@ -50,11 +51,28 @@ def swap(model: nn.Module, fqn: str, new: nn.Module) -> None:
                 module._modules[name] = new
 
 
+def _move_recorders(old: nn.Module, new: nn.Module) -> None:
+    """Move the hooks by which transformers collects hidden states: what takes the place of a layer is recorded too."""
+    hooks = old._forward_hooks
+    moved = [key for key, hook in hooks.items() if _home(hook) == "transformers.utils.output_capturing"]
+    if not moved:
+        return
+    for key in moved:
+        if key not in new._forward_hooks:  # a layer that adopts another may have taken them over already
+            new.register_forward_hook(hooks[key])
+    old._forward_hooks = OrderedDict((key, hook) for key, hook in hooks.items() if key not in moved)
+
+
+def _home(hook: object) -> str:
+    return str(getattr(hook, "__module__", ""))
+
+
 def _refuse_lost_hooks(fqn: str, old: nn.Module, new: nn.Module) -> None:
     kept = set(new.modules())
+    adopted = {id(module._forward_hooks) for module in kept}  # a module that adopts another shares its hooks
     for name, module in old.named_modules(prefix=fqn):
         hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-        if module not in kept and any(hooks):
+        if module not in kept and id(module._forward_hooks) not in adopted and any(hooks):
             raise UnsupportedModelError(
                 f"{name!r} carries hooks, which would be lost when it is replaced; remove them and register them again "
                 "afterwards"
@@ -118,14 +136,18 @@ def keep_loading(model: nn.Module, fqn: str, layout: str, old: Grid, new: Grid, 
     get(model, owner).register_load_state_dict_pre_hook(TableLoader(name, layout, old, new, extra))
 
 
-def restore_map(model: nn.Module, fqn: str, old: Grid, new: Grid) -> None:
-    """Bring the map that leaves the module `fqn` back to its size from before the grid went from `old` to `new`."""
-    factor = (old[0] / new[0], old[1] / new[1])
+def restore_map(
+    model: nn.Module, fqn: str, old: Grid, new: Grid, size: Grid | None = None, multiple: int = 1
+) -> None:
+    """Bring the map that leaves the module `fqn` back to its size from before the grid went from `old` to `new`.
+
+    `size` is the size of that map with the example, where it is known; `multiple` is what grids are rounded to.
+    """
     module = get(model, fqn)
-    if isinstance(module, RestoredMap):
-        module.factor = (module.factor[0] * factor[0], module.factor[1] * factor[1])
-    else:
-        swap(model, fqn, RestoredMap(module, factor))
+    if not isinstance(module, RestoredMap):
+        module = RestoredMap(module, size)
+        swap(model, fqn, module)
+    module.shrink(old, new, multiple)
 
 
 def set_attribute(model: nn.Module, fqn: str, value: object) -> None:
@@ -158,13 +180,20 @@ def clone_shared(
 
 def output_grid(conv: nn.Module, grid: Grid) -> Grid:
     """Return the grid of the map that a stem (a convolution or a block of them) makes of `grid` pixels, unresized."""
-    clone: Any = clone_shared(conv.inner if isinstance(conv, ResizedModule) else conv, "meta").eval()
-    dtype = next(clone.parameters()).dtype
-    first = next(module for module in clone.modules() if isinstance(module, nn.Conv2d))
+    first = next(module for module in conv.modules() if isinstance(module, nn.Conv2d))
+    return map_grid((conv,), first.in_channels, grid)
+
+
+def map_grid(modules: tuple[nn.Module, ...], channels: int, grid: Grid) -> Grid:
+    """Return the grid of the map that modules, one after another and unresized, make of a map (1, channels, *grid)."""
+    tensors = [tensor for module in modules for tensor in module.parameters()]
+    dtype = tensors[0].dtype if tensors else torch.get_default_dtype()
+    made = torch.empty((1, channels, *grid), device="meta", dtype=dtype)
     with torch.no_grad():
-        image = torch.empty((1, first.in_channels, *grid), device="meta", dtype=dtype)
-        shape = (clone.conv(image) if isinstance(clone, ResizedConv2d) else clone(image)).shape
-    return (int(shape[-2]), int(shape[-1]))
+        for module in modules:
+            clone: Any = clone_shared(module.inner if isinstance(module, ResizedModule) else module, "meta").eval()
+            made = clone.conv(made) if isinstance(clone, ResizedConv2d) else clone(made)
+    return (int(made.shape[-2]), int(made.shape[-1]))
 
 
 def fingerprint(model: nn.Module) -> dict[str, int]:

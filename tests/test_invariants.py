@@ -19,7 +19,7 @@ from rescompress.families import describe
 from rescompress.measure.macs import count_macs
 from rescompress.self_check import self_check
 from rescompress.surgery import fingerprint
-from tests.zoo import MODELS, PAIRS, REFUSED, STEPS, UNSUPPORTED, build, image
+from tests.zoo import MODELS, PAIRS, REFUSED, STEPS, build, image, why_not
 
 
 @dataclass
@@ -103,7 +103,7 @@ def predicted_macs(pair: Pair) -> float:
     side = pair.x.shape[-1]
     half = pair.x[..., : side // 2, : side // 2]
     if MODELS[pair.name].kind == "conv":
-        at_half = count_macs(build(pair.name), half)
+        at_half = count_macs(build(pair.name, side // 2), half)
         if isinstance(pair.step, rc.InputResize):
             return at_half.macs
         # everything behind the first convolution as at half the image side, the first convolution as before
@@ -127,18 +127,26 @@ def block_macs(pair: Pair) -> float:
     """Return the MACs of a ViT whose blocks see fewer tokens, from its dimensions alone."""
     anatomy = describe(pair.original, (pair.x,))
     merged = rc.compress(pair.original, pair.step, example_input=pair.x)._rescompress.anatomy.num_patch_tokens
-    width = (
-        pair.original.get_submodule(anatomy.blocks[0]).mlp[0].in_features
-        if "torchvision" in pair.name
-        else (pair.original.embed_dim)
+    width = pair.original.get_submodule(anatomy.patch_conv).out_channels
+    block = pair.original.get_submodule(anatomy.blocks[0])
+    mlp = sum(
+        module.in_features * module.out_features
+        for name, module in block.named_modules()
+        if isinstance(module, nn.Linear) and "att" not in name
     )
-    hidden = next(m for m in pair.original.get_submodule(anatomy.blocks[0]).mlp.modules() if isinstance(m, nn.Linear))
-    batch, prefix, full = pair.x.shape[0], anatomy.num_prefix_tokens, anatomy.num_patch_tokens[0]
-    heads = 12 if "b_16" in pair.name or "base" in pair.name else None
+    heads = next(
+        getattr(module, name)
+        for name in ("num_heads", "num_attention_heads")
+        for module in block.modules()
+        if hasattr(module, name)
+    )
+    mixed = heads if hasattr(getattr(block, "attn", None), "proj_l") else 0  # CaiT: linear layers over the heads, twice
+    batch, full = pair.x.shape[0], anatomy.num_patch_tokens[0]
+    prefix = anatomy.num_prefix_tokens if anatomy.prefix_from_block == 0 else 0
 
     def cost(tokens_in: int, tokens_out: int) -> int:
-        attention = tokens_in * width * 4 * width + 2 * tokens_in**2 * width
-        return batch * (attention + tokens_out * 2 * width * hidden.out_features)
+        attention = tokens_in * 4 * width**2 + 2 * tokens_in**2 * (width + mixed**2)
+        return batch * (attention + tokens_out * mlp)
 
     change = 0
     for i in range(len(anatomy.blocks)):
@@ -148,13 +156,12 @@ def block_macs(pair: Pair) -> float:
             inside, outside = merged[i] + prefix, merged[i + 1] + prefix
             first_b = 1 - prefix % 2
             set_b = (merged[i] - first_b + 1) // 2
-            head_dim = width // (heads or pair.original.get_submodule(anatomy.blocks[0]).attn.num_heads)
-            change += batch * set_b * (merged[i] - set_b) * head_dim if merged[i] > merged[i + 1] else 0
+            change += batch * set_b * (merged[i] - set_b) * (width // heads) if merged[i] > merged[i + 1] else 0
         change += cost(inside, outside) - cost(full + prefix, full + prefix)
-    attn_pool = getattr(pair.original, "attn_pool", None)
-    if attn_pool is not None:  # keys and values of every token that is left, and one query on them
-        lost = full - merged[-1]
-        change -= batch * lost * (2 * width * width + 2 * width)
+    # Behind the blocks, each attention of one query: keys and values of every token that is left.
+    pooled = [getattr(pair.original, "attn_pool", None), *getattr(pair.original, "blocks_token_only", [])]
+    lost = full - merged[-1]
+    change -= sum(part is not None for part in pooled) * batch * lost * (2 * width * width + 2 * width)
     return count_macs(pair.original, pair.x).macs + change
 
 
@@ -279,7 +286,7 @@ def test_forward_keeps_no_state(pair: Pair) -> None:
 
 @pytest.mark.parametrize(("model", "step"), REFUSED, ids=[f"{model}-{step}" for model, step in REFUSED])
 def test_unsupported_pairs_are_refused_with_a_reason(model: str, step: str) -> None:
-    assert UNSUPPORTED[MODELS[model].kind, step]
+    assert why_not(model, step)
     with pytest.raises(rc.UnsupportedModelError, match=step):
         rc.compress(build(model), STEPS[step](), example_input=image(model))
 

@@ -7,6 +7,7 @@ equality and cost, never accuracy.
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 
 import timm
 import torch
@@ -22,7 +23,7 @@ class Case:
 
     build: Callable[[int], nn.Module]
     side: int
-    kind: str  # "conv" or "vit"
+    kind: str  # "conv", also where attention in windows follows, or "vit"
 
 
 def _timm_conv(name: str) -> Callable[[int], nn.Module]:
@@ -35,6 +36,25 @@ def _timm_vit(name: str, **options: object) -> Callable[[int], nn.Module]:
 
 def _tv_vit_b_16(side: int) -> nn.Module:
     return torchvision.models.vit_b_16(image_size=side)
+
+
+class Logits(nn.Module):
+    """A classifier of transformers that gives its scores alone."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        return self.model(pixel_values).logits
+
+
+def _hf_vit(side: int) -> nn.Module:
+    import transformers
+
+    size = {"hidden_size": 96, "num_attention_heads": 3, "intermediate_size": 192, "num_hidden_layers": 4}
+    config = transformers.ViTConfig(**size, image_size=side, patch_size=16)
+    return Logits(transformers.ViTForImageClassification(config))
 
 
 MODELS: dict[str, Case] = {
@@ -57,7 +77,19 @@ MODELS: dict[str, Case] = {
         _timm_vit("vit_tiny_patch16_224", global_pool="avg", class_token=False, qk_norm=True, depth=4), 64, "vit"
     ),
     "torchvision vit_b_16": Case(_tv_vit_b_16, 64, "vit"),
+    "eva": Case(_timm_vit("vit_tiny_patch16_dinov3_qkvb", depth=4), 64, "vit"),
+    "beit": Case(_timm_vit("beit_base_patch16_224", depth=4, embed_dim=96, num_heads=3), 64, "vit"),
+    "relpos": Case(_timm_vit("test_vit_relpos"), 64, "vit"),
+    "cait": Case(_timm_vit("cait_xxs24_224", depth=4), 64, "vit"),
+    "mlp_mixer": Case(_timm_vit("gmlp_ti16_224"), 64, "vit"),
+    "xcit": Case(_timm_vit("xcit_nano_12_p8_384", depth=2), 64, "vit"),
+    "swin": Case(_timm_vit("swin_tiny_patch4_window7_224", depths=(2, 2), num_heads=(3, 6)), 56, "conv"),
+    "maxvit": Case(_timm_vit("test_coatnet"), 64, "conv"),
+    "hiera": Case(_timm_vit("hiera_tiny_224", stages=(1, 1, 1, 1)), 128, "conv"),
+    "levit": Case(_timm_vit("levit_128s"), 64, "conv"),
 }
+if find_spec("transformers"):
+    MODELS["Hugging Face vit"] = Case(_hf_vit, 64, "vit")
 
 STEPS: dict[str, Callable[[], rc.Step]] = {
     "stem_resize": partial(rc.StemResize, scale=0.5),
@@ -73,11 +105,22 @@ UNSUPPORTED: dict[tuple[str, str], str] = {
     ("conv", "token_merge"): "a convolutional network has no tokens to merge",
     ("vit", "stem_resize"): "the first convolution of a ViT cuts the patches; what leaves it is tokens, and pooling "
     "those before the position embedding is what patch_resize does better",
+    ("mlp_mixer", "token_pool"): "the weights of a mixer are as many as its positions: half-way there cannot be fewer",
+    ("mlp_mixer", "token_merge"): "there are no keys of attention by which positions could be told alike",
+    ("xcit", "patch_resize"): "several convolutions make the patches: there is no kernel that could be made larger",
+    ("xcit", "token_pool"): "between its blocks the host passes the grid on, and its convolutions look at it",
+    ("xcit", "token_merge"): "attention is between channels: no position has a key by which it could be told alike",
 }
-"""(kind of model, method): why the two do not go together. Each is refused with a reason."""
+"""(kind or name of a model, method): why the two do not go together. Each is refused with a reason."""
 
-PAIRS = [(model, step) for model, case in MODELS.items() for step in STEPS if (case.kind, step) not in UNSUPPORTED]
-REFUSED = [(model, step) for model, case in MODELS.items() for step in STEPS if (case.kind, step) in UNSUPPORTED]
+
+def why_not(model: str, step: str) -> str | None:
+    """Return why a method does not fit a model of the zoo; None if it does."""
+    return UNSUPPORTED.get((MODELS[model].kind, step)) or UNSUPPORTED.get((model, step))
+
+
+PAIRS = [(model, step) for model in MODELS for step in STEPS if why_not(model, step) is None]
+REFUSED = [(model, step) for model in MODELS for step in STEPS if why_not(model, step) is not None]
 
 
 def build(name: str, side: int | None = None) -> nn.Module:

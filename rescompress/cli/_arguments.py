@@ -3,7 +3,7 @@
 import argparse
 
 MODEL_HELP = (
-    "timm:resnet50 (the prefix timm: may be left out), torchvision:vit_b_16, hf:DIRECTORY_OR_ID, or "
+    "timm:resnet50 (the prefix timm: may be left out), torchvision:vit_b_16, hf:DIRECTORY_OR_ID, mmseg:CONFIG.py, or "
     "package.module:factory"
 )
 

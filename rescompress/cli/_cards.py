@@ -1,6 +1,7 @@
 """What the methods' own docstrings say, as tables."""
 
 import dataclasses
+import importlib.resources
 import inspect
 import json
 import re
@@ -132,15 +133,41 @@ def _yaml(value: Any) -> str:
     return "none" if value is None else json.dumps(value).strip('"')
 
 
+def support() -> dict[str, dict[str, dict[str, int]]]:
+    """Return, by family and method, how many models of the support matrix were tried and how many work.
+
+    The method "default" is a plain scale.
+    """
+    found: dict[str, dict[str, dict[str, int]]] = json.loads(
+        importlib.resources.files("rescompress.cli").joinpath("support.json").read_text(encoding="utf-8")
+    )
+    return found
+
+
 def show_families(as_json: bool) -> None:
-    """Print every family with its hosts and methods."""
+    """Print every family with its hosts and methods, and the support matrix: how many models each method takes."""
+    known = support()
     if as_json:
         data = [
-            {name: getattr(family, name) for name in ("name", "summary", "methods", "hosts")} for family in families()
+            {name: getattr(family, name) for name in ("name", "summary", "methods", "hosts")}
+            | {"support": known.get(family.name, {})}
+            for family in families()
         ]
         console.out_json(data)
         return
+    from rich.table import Table
+
     for family in families():
         console.out(f"{family.name}: {family.summary}")
         console.out(f"  methods: {', '.join(family.methods)} (the first one for a plain --scale)")
         console.out(f"  hosts:   {', '.join(family.hosts) or 'any other model, by running it once'}")
+    console.out("\nFor how many of the models that were tried each method works (docs/reference/support-matrix.md):\n")
+    kinds = list(step_kinds())
+    table = Table(box=None, pad_edge=False)
+    for title in ("family", "--scale 0.5", *kinds):
+        table.add_column(title)
+    for family in families():
+        row = known.get(family.name, {})
+        counts = [row.get(kind, {"works": 0, "of": 0}) for kind in ("default", *kinds)]
+        table.add_row(family.name, *("-" if not one["works"] else f"{one['works']}/{one['of']}" for one in counts))
+    console.table(table)

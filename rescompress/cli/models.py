@@ -16,7 +16,7 @@ from rescompress.cli.weights import load_weights
 from rescompress.errors import InputError, did_you_mean, one_line
 from rescompress.inputs import default_input
 
-_SOURCES = ("timm", "torchvision", "hf")
+_SOURCES = ("timm", "torchvision", "hf", "mmseg")
 
 MEANINGLESS = "weights are random and predictions mean nothing"
 
@@ -105,6 +105,8 @@ def _provider(source: str, name: str) -> Provider:
         return _optional("torchvision", "torchvision")
     if source == "hf":
         return _optional("transformers", "hf")
+    if source == "mmseg":
+        return _optional("mmseg", "mmseg")
     return lambda factory, request: _from_factory(source, factory, request)
 
 
@@ -113,6 +115,9 @@ def _optional(library: str, extra: str) -> Provider:
         importlib.import_module(library)
     except ModuleNotFoundError as error:
         raise InputError(f"{library} is not installed; pip install 'rescompress[{extra}]'") from error
+    except ImportError as error:  # mmseg needs OpenCV, and OpenCV a library of the system
+        hint = "; on Debian: apt-get install libgl1" if "libGL" in str(error) else ""
+        raise InputError(f"{library} cannot be imported: {one_line(error)}{hint}") from error
     provider: Provider = importlib.import_module(f"rescompress.cli._{library}").load
     return provider
 

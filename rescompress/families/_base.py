@@ -32,6 +32,7 @@ class Family:
             a fallback that is asked after all others.
         describe: writes the anatomy from the model and its example arguments; raises UnsupportedModelError with the
             reason if this model is not what it seems
+        knows: which of the models of these classes belong here, where not all do; the others are left to the fallbacks
     """
 
     name: str
@@ -39,6 +40,7 @@ class Family:
     methods: tuple[str, ...]
     hosts: tuple[str, ...]
     describe: Describe
+    knows: Callable[[nn.Module], bool] | None = None
 
 
 def class_names(thing: object) -> tuple[str, ...]:
@@ -90,7 +92,10 @@ def families() -> tuple[Family, ...]:
 def family_of(module: nn.Module) -> Family | None:
     """Return the family that knows this module by its class; None if only a fallback may."""
     names = class_names(module)
-    return next((family for family in families() if any(host in names for host in family.hosts)), None)
+    for family in families():
+        if any(host in names for host in family.hosts) and (family.knows is None or family.knows(module)):
+            return family
+    return None
 
 
 def describe(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Anatomy:
@@ -103,6 +108,15 @@ def describe(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | N
     family = family_of(model)
     if family is not None:
         return family.describe(model, args, kwargs)
+    return describe_parts(model, args, kwargs)
+
+
+def describe_parts(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Anatomy:
+    """Return the anatomy of a module that a model calls, or what a fallback sees; for heads around other hosts.
+
+    Raises:
+        UnsupportedModelError: no family knows a part of it; the message says why the fallback could not either.
+    """
     found = _host_inside(model, args, kwargs)
     if found is not None:
         fqn, family, inner_args, inner_kwargs = found

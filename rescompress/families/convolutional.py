@@ -1,49 +1,95 @@
 """The fallback for any other convolutional network: run it once on the meta device and watch who reads the image."""
 
-from dataclasses import dataclass
+import inspect
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from rescompress import surgery
-from rescompress.anatomy import ConvAnatomy
+from rescompress.anatomy import ConvAnatomy, Grid, ImageReader
 from rescompress.errors import UnsupportedModelError
-from rescompress.families._base import Family, class_names, image_of, probe
+from rescompress.families._base import Family, class_names
+from rescompress.families._probing import Call, Restored, Trace, Trial, trace
+from rescompress.layers.resize import Resize2d
+from rescompress.layers.wrap import simplest_scale
+
+_REWRITES = ("fuse", "reparameterize", "switch_to_deploy")
+"""Methods by which a block makes one convolution of itself."""
+
+_LAST_CALLS = 12
+"""How many of a dense network's last modules may be the one whose map comes back at its old size."""
 
 
 def describe(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ConvAnatomy:
-    """Find the convolution that first touches the image.
+    """Find the convolution that first touches the image, or the block of parallel ones that do.
 
     Whether the network still works on a smaller map is not asked here: compress proves it by a dry run.
 
     Raises:
         UnsupportedModelError: the model does not run, has no convolution, or reads the image in several places.
     """
-    image = image_of(model, args, kwargs)
-    calls = _convolutions_called(model, args, kwargs)
-    if not calls:
+    found = trace(model, args, kwargs)
+    readers = list(dict.fromkeys(call.fqn for call in found.readers))
+    if not readers:
         raise UnsupportedModelError(
             f"no family describes {class_names(model)[0]}, and the probe saw no nn.Conv2d run on the image; to add a "
             "family, see docs/how-to/add-a-family.md (one file)"
         )
-    # The convolutions that read what the first one reads: the image itself, or what was made of it by arithmetic.
-    source = next((call.source for call in calls if call.reads_image), calls[0].source)
-    readers = list(dict.fromkeys(call.fqn for call in calls if call.source is source))
-    stem = readers[0] if len(readers) == 1 else _block_around(model, readers)
+    stem = _stem(model, found, readers)
+    stem = None if stem is None else _rewritten_block(model, found, stem)
     if stem is None:
         raise UnsupportedModelError(
             f"{class_names(model)[0]} reads the image in {len(readers)} convolutions ({', '.join(readers[:4])}); "
             "resizing one of them would not fit the others"
         )
-    grid = next(call.grid for call in calls if call.fqn == readers[0])
-    if len(readers) > 1:
-        grid = surgery.output_grid(surgery.get(model, stem), (int(source.shape[-2]), int(source.shape[-1])))
+    call = next(call for call in found.calls if call.fqn == stem)
+    if call.made is None:
+        raise UnsupportedModelError(
+            f"{stem!r} of {class_names(model)[0]} reads the image in several convolutions and gives no single map"
+        )
+    grid = _grid(call.made)
+    multiple, restored = _fitting(model, found, call, (args, kwargs)) if found.on_meta else (1, None)
     return ConvAnatomy(
         family=FAMILY.name,
-        input_size=(int(image.shape[-2]), int(image.shape[-1])),
+        input_size=_grid(found.image),
         first_conv=stem,
         stem_grid=grid,
+        multiple=multiple,
+        reader=_reader(model, found, call),
+        refit=None if restored is None else refuse_lost_sides,
+        restored=() if restored is None else (restored.fqn,),
+        restored_sizes=() if restored is None else (restored.size,),
     )
+
+
+def _stem(model: nn.Module, found: Trace, readers: list[str]) -> str | None:
+    """Return the convolution that reads the image, or the block around all that do; None where there is none."""
+    if len(readers) == 1:
+        return readers[0]
+    block = _block_around(model, readers)
+    if block is not None and any(call.fqn == block for call in found.calls):
+        return block
+    # Others may read it in another size or a part of it: a crop, an edge map. Whether that fits, compress tries.
+    first = found.readers[0]
+    same = {call.fqn for call in found.readers if call.source is first.source}
+    return first.fqn if len(same) == 1 else None
+
+
+def _rewritten_block(model: nn.Module, found: Trace, stem: str) -> str:
+    """Return the outermost block around the stem that its library may rewrite as one convolution; else the stem.
+
+    timm's reparameterize_model, for one, builds that convolution from the weights in the block: a resize inside the
+    block would be lost.
+    """
+    parts = stem.split(".")
+    for length in range(1, len(parts)):
+        fqn = ".".join(parts[:length])
+        rewritten = any(inspect.ismethod(getattr(surgery.get(model, fqn), name, None)) for name in _REWRITES)
+        if rewritten and any(call.fqn == fqn and call.made is not None for call in found.calls):
+            return fqn
+    return stem
 
 
 def _block_around(model: nn.Module, readers: list[str]) -> str | None:
@@ -51,40 +97,77 @@ def _block_around(model: nn.Module, readers: list[str]) -> str | None:
 
     Re-parameterised stems add up parallel convolutions; what leaves the block is one map again.
     """
-    paths = [fqn.split(".")[:-1] for fqn in readers]
-    common = [names[0] for names in zip(*paths, strict=False) if len(set(names)) == 1]
+    common: list[str] = []
+    for names in zip(*(fqn.split(".")[:-1] for fqn in readers), strict=False):
+        if len(set(names)) > 1:
+            break
+        common.append(names[0])
     while common and isinstance(surgery.get(model, ".".join(common)), nn.ModuleList | nn.ModuleDict):
         common.pop()  # a list is never called
     return ".".join(common) or None
 
 
-@dataclass(frozen=True)
-class _Call:
-    """One call of a convolution: its FQN, the tensor that it read, whether that is the image, its output's grid."""
+def _reader(model: nn.Module, found: Trace, stem: Call) -> ImageReader | None:
+    """Return the module that takes the image, where the anatomy does not say so without it."""
+    read = stem
+    if stem.source.shape[1] != found.image.shape[1]:
+        # Space-to-depth in front of the convolution: the module that made the map which the convolution reads.
+        makers = [call for call in found.calls if call.made is stem.source and call.reads_image and call.fqn]
+        outer = [call for call in makers if call.source.shape[1] == found.image.shape[1]]
+        read = outer[0] if outer else stem
+    size, channels = _grid(read.source), int(read.source.shape[1])
+    if read is stem and size == _grid(found.image) and isinstance(surgery.get(model, stem.fqn), nn.Conv2d):
+        return None
+    return ImageReader(name=read.fqn, channels=channels, size=size)
 
-    fqn: str
-    source: Tensor
-    reads_image: bool
-    grid: tuple[int, int]
+
+def refuse_lost_sides(host: Any, anatomy: ConvAnatomy, grid: Grid) -> None:
+    """Let the resize of a dense network refuse sides whose old size would not come back, other than the example's."""
+    stem: Any = surgery.get(host, anatomy.first_conv)
+    reader: Any = stem if anatomy.reader is None else surgery.get(host, anatomy.reader.name)
+    image = anatomy.input_size if anatomy.reader is None else anatomy.reader.size
+    for resize, example in (
+        (getattr(reader, "before", None), image),
+        (getattr(stem, "after", None), anatomy.stem_grid),
+    ):
+        if isinstance(resize, Resize2d) and resize.whole is None:
+            target = resize.target(*example)
+            resize.whole = (
+                simplest_scale(target[0], example[0], resize.multiple),
+                simplest_scale(target[1], example[1], resize.multiple),
+            )
+            resize.example = example
 
 
-def _convolutions_called(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[_Call]:
-    """Run a throw-away clone and return the calls of its convolutions in order."""
-    calls: list[_Call] = []
+def _fitting(
+    model: nn.Module, found: Trace, stem: Call, example: tuple[tuple[Any, ...], dict[str, Any]]
+) -> tuple[int, Restored | None]:
+    """Return what the sides of the stem's map must be multiples of, and the module whose map must come back if any.
 
-    def watch(clone: nn.Module, image: Tensor) -> None:
-        calls.clear()
-        for fqn, module in clone.named_modules():
-            if isinstance(module, nn.Conv2d):
-                # Hooks on the clone only: it is thrown away.
-                module.register_forward_hook(
-                    lambda _, inputs, output, fqn=fqn: calls.append(
-                        _Call(fqn, inputs[0], inputs[0] is image, (int(output.shape[-2]), int(output.shape[-1])))
-                    )
-                )
+    The prediction for every pixel of an image must keep its size, and so must a map that meets one from before the
+    reduction: the image itself, added or concatenated at the end.
+    """
+    trial = Trial(model, stem.fqn, _grid(stem.made if stem.made is not None else stem.source), example)
+    multiple = trial.multiple()
+    old = _shapes(found.outputs)
+    dense = bool(old) and all(len(shape) == 4 and shape[-2:] == found.image.shape[-2:] for shape in old)
+    if not dense or (multiple is not None and _shapes(trial.outputs(trial.half(multiple))) == old):
+        return multiple or 1, None
+    behind = found.calls[next(i for i, call in enumerate(found.calls) if call is stem) + 1 :]
+    made = [Restored(call.fqn, _grid(call.made)) for call in behind if call.made is not None and call.fqn]
+    for restored in made[: -_LAST_CALLS - 1 : -1]:
+        fitting = trial.multiple(restored)
+        if fitting is not None and _shapes(trial.outputs(trial.half(fitting), restored)) == old:
+            return fitting, restored
+    return multiple or 1, None
 
-    probe(model, args, kwargs, watch)
-    return calls
+
+def _shapes(outputs: Any) -> list[torch.Size]:
+    return [leaf.shape for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)]
+
+
+def _grid(made: Tensor) -> Grid:
+    return (int(made.shape[-2]), int(made.shape[-1]))
 
 
 FAMILY = Family(

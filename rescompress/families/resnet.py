@@ -11,6 +11,7 @@ from rescompress import surgery
 from rescompress.anatomy import ConvAnatomy
 from rescompress.errors import UnsupportedModelError
 from rescompress.families._base import Family, image_of
+from rescompress.families._probing import side_multiple
 
 
 def describe(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ConvAnatomy:
@@ -21,11 +22,14 @@ def describe(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     if not isinstance(conv, nn.Conv2d):
         raise UnsupportedModelError(f"{fqn!r} of {type(model).__name__} is a {type(conv).__name__}, not a convolution")
     height, width = image_of(model, args, kwargs).shape[-2:]
+    grid = surgery.output_grid(conv, (height, width))
     return ConvAnatomy(
         family=FAMILY.name,
         input_size=(height, width),
         first_conv=fqn,
-        stem_grid=surgery.output_grid(conv, (height, width)),
+        stem_grid=grid,
+        # Blur pooling (ResNet-AA) and plain strides round odd sides in opposite ways, and meet again in the shortcut.
+        multiple=side_multiple(model, fqn, grid, args, kwargs),
     )
 
 

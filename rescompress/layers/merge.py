@@ -12,6 +12,90 @@ import torch
 from torch import Tensor
 
 
+def match_tokens(metric: Tensor, r: int, num_prefix_tokens: int) -> Tuple[Tensor, Tensor, Tensor]:  # noqa: UP006
+    """Say which patch tokens merge: the sequence is split by alternation into sets A and B; each token of A finds its
+    most similar token of B by the cosine of `metric`; the `r` best pairs are merged.
+
+    Shape:
+        - metric: (B, P + N, D), 1 <= r <= N // 2
+        - Output: which of A are kept (B, A - r), which are merged (B, r), and into which of B (B, r)
+    """
+    # Position p of the whole sequence is in A when p is even, as in the paper, wherever the patches begin.
+    first_a = num_prefix_tokens + num_prefix_tokens % 2
+    first_b = num_prefix_tokens + 1 - num_prefix_tokens % 2
+    metric = metric / torch.linalg.vector_norm(metric, dim=-1, keepdim=True).clamp_min(1e-6)
+    similarity = metric[:, first_a::2] @ metric[:, first_b::2].transpose(-1, -2)
+    best_score, best_b = similarity.max(dim=-1)
+    order = best_score.argsort(dim=-1, descending=True)
+    merged_a = order[:, :r]
+    kept_a = order[:, r:].sort(dim=-1)[0]
+    return kept_a, merged_a, best_b.gather(1, merged_a)
+
+
+def merge_matched(
+    x: Tensor,
+    size: Tensor,
+    match: Tuple[Tensor, Tensor, Tensor],  # noqa: UP006
+    num_prefix_tokens: int,
+) -> Tuple[Tensor, Tensor]:  # noqa: UP006
+    """Merge matched tokens, each pair into the size-weighted mean of its members.
+
+    The order is kept: prefix, the rest of A, then B.
+
+    Shape:
+        - x: (B, P + N, C)
+        - size: (B, P + N, 1)
+        - Output: (B, P + N - r, C) and (B, P + N - r, 1)
+    """
+    prefix = num_prefix_tokens
+    first_a = prefix + prefix % 2
+    first_b = prefix + 1 - prefix % 2
+    kept_a, merged_a, target_b = match[0].unsqueeze(-1), match[1].unsqueeze(-1), match[2].unsqueeze(-1)
+    weighted = torch.cat([x * size, size], dim=-1)
+    width = weighted.shape[-1]
+    a, b = weighted[:, first_a::2], weighted[:, first_b::2]
+    b = b.scatter_add(1, target_b.expand(-1, -1, width), a.gather(1, merged_a.expand(-1, -1, width)))
+    patch_sums = torch.cat([a.gather(1, kept_a.expand(-1, -1, width)), b], dim=1)
+    new_size = patch_sums[..., -1:]
+    patch_means = patch_sums[..., :-1] / new_size
+    return torch.cat([x[:, :prefix], patch_means], dim=1), torch.cat([size[:, :prefix], new_size], dim=1)
+
+
+def keep_matched(place: Tensor, match: Tuple[Tensor, Tensor, Tensor], num_prefix_tokens: int) -> Tensor:  # noqa: UP006
+    """Return the rows of the tokens that stay, in the order of `merge_matched`: a merged token has that of its B.
+
+    Shape:
+        - Input: (B, P + N, D)
+        - Output: (B, P + N - r, D)
+    """
+    prefix = num_prefix_tokens
+    kept_a = match[0].unsqueeze(-1).expand(-1, -1, place.shape[-1])
+    a, b = place[:, prefix + prefix % 2 :: 2], place[:, prefix + 1 - prefix % 2 :: 2]
+    return torch.cat([place[:, :prefix], a.gather(1, kept_a), b], dim=1)
+
+
+def source_of_matched(
+    length: int,
+    match: Tuple[Tensor, Tensor, Tensor],  # noqa: UP006
+    num_prefix_tokens: int,
+) -> Tensor:
+    """Say for every token of a sequence of `length` where it is after `merge_matched`: (B, length)."""
+    prefix = num_prefix_tokens
+    kept_a, merged_a, target_b = match
+    batch, kept = kept_a.shape[0], kept_a.shape[1]
+    device = kept_a.device
+    first_b = prefix + kept
+    of_a = torch.empty([batch, kept + merged_a.shape[1]], dtype=torch.long, device=device)
+    of_a = of_a.scatter(1, kept_a, torch.arange(prefix, first_b, device=device).expand(batch, -1))
+    of_a = of_a.scatter(1, merged_a, first_b + target_b)
+    source = torch.arange(length, device=device).repeat(batch, 1)
+    even = torch.arange(prefix + prefix % 2, length, 2, device=device)
+    odd = torch.arange(prefix + 1 - prefix % 2, length, 2, device=device)
+    source = source.scatter(1, even.expand(batch, -1), of_a)
+    of_b = torch.arange(first_b, first_b + odd.shape[0], device=device)
+    return source.scatter(1, odd.expand(batch, -1), of_b.expand(batch, -1))
+
+
 def merge_tokens(
     x: Tensor,
     size: Optional[Tensor],  # noqa: UP045
@@ -21,9 +105,8 @@ def merge_tokens(
 ) -> Tuple[Tensor, Tensor]:  # noqa: UP006
     """Merge the `r` most similar pairs of patch tokens, each into the size-weighted mean of its members.
 
-    The sequence is split by alternation into sets A and B; each token of A finds its most similar token of B by the
-    cosine of `metric`; the `r` best pairs are merged. Prefix tokens take no part. At most half of the patch tokens
-    can go at a time: a larger `r` merges as many as can be. The order is kept: prefix, the rest of A, then B.
+    Prefix tokens take no part. At most half of the patch tokens can go at a time: a larger `r` merges as many as can
+    be. The order is kept: prefix, the rest of A, then B.
 
     Shape:
         - x: (B, P + N, C)
@@ -33,31 +116,10 @@ def merge_tokens(
     """
     if size is None:
         size = torch.ones_like(x[..., :1])
-    patches = x.shape[1] - num_prefix_tokens
-    r = min(r, patches // 2)
+    r = min(r, (x.shape[1] - num_prefix_tokens) // 2)
     if r <= 0:
         return x, size
-
-    # Position p of the whole sequence is in A when p is even, as in the paper, wherever the patches begin.
-    first_a = num_prefix_tokens + num_prefix_tokens % 2
-    first_b = num_prefix_tokens + 1 - num_prefix_tokens % 2
-    metric = metric / torch.linalg.vector_norm(metric, dim=-1, keepdim=True).clamp_min(1e-6)
-    similarity = metric[:, first_a::2] @ metric[:, first_b::2].transpose(-1, -2)
-    best_score, best_b = similarity.max(dim=-1)
-    order = best_score.argsort(dim=-1, descending=True)
-    merged_a = order[:, :r].unsqueeze(-1)
-    kept_a = order[:, r:].sort(dim=-1)[0].unsqueeze(-1)
-    target_b = best_b.unsqueeze(-1).gather(1, merged_a)
-
-    weighted = torch.cat([x * size, size], dim=-1)
-    width = weighted.shape[-1]
-    a, b = weighted[:, first_a::2], weighted[:, first_b::2]
-    b = b.scatter_add(1, target_b.expand(-1, -1, width), a.gather(1, merged_a.expand(-1, -1, width)))
-    patch_sums = torch.cat([a.gather(1, kept_a.expand(-1, -1, width)), b], dim=1)
-    new_size = patch_sums[..., -1:]
-    patch_means = patch_sums[..., :-1] / new_size
-    prefix = num_prefix_tokens
-    return torch.cat([x[:, :prefix], patch_means], dim=1), torch.cat([size[:, :prefix], new_size], dim=1)
+    return merge_matched(x, size, match_tokens(metric, r, num_prefix_tokens), num_prefix_tokens)
 
 
 def proportional_bias(size: Optional[Tensor]) -> Optional[Tensor]:  # noqa: UP045
@@ -72,11 +134,29 @@ def proportional_bias(size: Optional[Tensor]) -> Optional[Tensor]:  # noqa: UP04
     return size.log()[:, None, None, :, 0]
 
 
-def unpack_size(x: Tensor) -> Tuple[Tensor, Tensor]:  # noqa: UP006
-    """Split the channel that carries the sizes off a sequence: (B, N, C + 1) to (B, N, C) and (B, N, 1)."""
-    return x[..., :-1].contiguous(), x[..., -1:]
+def unpack(x: Tensor, width: int) -> Tuple[Tensor, Tensor]:  # noqa: UP006
+    """Split the last `width` channels, which travel with a sequence, off it: (B, N, C + W) to (B, N, C), (B, N, W)."""
+    return x[..., :-width].contiguous(), x[..., -width:]
 
 
-def pack_size(x: Tensor, size: Tensor) -> Tensor:
-    """Let the sizes travel with the sequence: the inverse of `unpack_size`."""
-    return torch.cat([x, size], dim=-1)
+def places_of(grid: Tuple[int, int], num_prefix_tokens: int, like: Tensor) -> Tensor:  # noqa: UP006
+    """Return the row and the column of every token of a whole grid, 0 for prefix tokens.
+
+    Two channels and not one: bfloat16 holds whole numbers up to 256 only.
+
+    Shape:
+        - like: (B, P + H * W, C)
+        - Output: (B, P + H * W, 2)
+    """
+    patches = torch.arange(grid[0] * grid[1], device=like.device)
+    places = torch.stack([patches // grid[1], patches % grid[1]], dim=-1)
+    prefix = torch.zeros([num_prefix_tokens, 2], dtype=places.dtype, device=like.device)
+    return torch.cat([prefix, places]).to(like.dtype).expand(like.shape[0], -1, -1)
+
+
+def index_of(place: Tensor, grid: Tuple[int, int], num_prefix_tokens: int) -> Tensor:  # noqa: UP006
+    """Return where the tokens at these places stand in the sequence of the whole grid: (B, M, 2) to (B, M)."""
+    cells = place.long()
+    index = num_prefix_tokens + cells[..., 0] * grid[1] + cells[..., 1]
+    prefix = torch.arange(num_prefix_tokens, device=place.device).expand(place.shape[0], -1)
+    return torch.cat([prefix, index[:, num_prefix_tokens:]], dim=1)

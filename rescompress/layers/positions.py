@@ -8,9 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from rescompress.layers import grid_matrices
+
 Grid = tuple[int, int]
 
-LAYOUTS = ("tokens", "map", "map_last", "relative", "computed")
+LAYOUTS = ("tokens", "map", "map_last", "relative", "computed", *grid_matrices.LAYOUTS)
 """How a tensor is laid out over a grid of H x W positions, `extra` rows of it belonging to no position:
 
 - tokens: (..., extra + H * W, C), the extra rows first: prefix tokens
@@ -18,6 +20,7 @@ LAYOUTS = ("tokens", "map", "map_last", "relative", "computed")
 - map_last: (..., H, W, C)
 - relative: ((2H - 1) * (2W - 1) + extra, heads), the extra rows last: class token to tokens and back
 - computed: any shape; made from the grid and never learned, so that a checkpoint's is ignored
+- those of `grid_matrices`, weights that mix positions and tables over distances
 """
 
 
@@ -46,6 +49,8 @@ def resample_table(table: Tensor, layout: str, old: Grid, new: Grid, extra: int 
             planes = table[:kept].reshape(*distances, -1).movedim(-1, 0)
             rows = _resize(planes, (2 * new[0] - 1, 2 * new[1] - 1)).movedim(0, -1).reshape(-1, table.shape[-1])
             return torch.cat([rows, table[kept:]])
+        if layout in grid_matrices.LAYOUTS:
+            return grid_matrices.resample_matrix(table, layout, old, new)
     raise ValueError(f"a table of layout {layout!r} cannot be resampled")
 
 
@@ -90,7 +95,10 @@ class TableLoader:
             return (loaded.shape[-2], loaded.shape[-1])
         if self.layout == "map_last":
             return (loaded.shape[-3], loaded.shape[-2])
-        rows = loaded.shape[0 if self.layout == "relative" else -2] - self.extra
+        if self.layout in grid_matrices.LAYOUTS:
+            rows = grid_matrices.positions(tuple(loaded.shape), self.layout)
+        else:
+            rows = loaded.shape[0 if self.layout == "relative" else -2] - self.extra
         if rows == _rows(self.layout, self.old):
             return self.old
         side = round(max(rows, 0) ** 0.5)

@@ -30,19 +30,19 @@ def resample_patch_kernel(kernel: Tensor, patch_size: Grid) -> Tensor:
     with torch.no_grad():
         weight = kernel.double()
         if patch_size[0] <= old[0] and patch_size[1] <= old[1]:
-            up_h, up_w = _resize_matrix(patch_size[0], old[0], weight), _resize_matrix(patch_size[1], old[1], weight)
+            up_h, up_w = resize_matrix(patch_size[0], old[0], weight), resize_matrix(patch_size[1], old[1], weight)
             small = up_h.T @ weight @ up_w
             remade = torch.linalg.pinv(up_h).T @ small @ torch.linalg.pinv(up_w)
             if (remade - weight).abs().max() <= 1e-4 * weight.abs().max():
                 return small.to(kernel.dtype)
         # The resize is separable, so its pseudo-inverse is that of the rows times that of the columns.
-        rows = torch.linalg.pinv(_resize_matrix(old[0], patch_size[0], weight))
-        columns = torch.linalg.pinv(_resize_matrix(old[1], patch_size[1], weight))
+        rows = torch.linalg.pinv(resize_matrix(old[0], patch_size[0], weight))
+        columns = torch.linalg.pinv(resize_matrix(old[1], patch_size[1], weight))
         resized: Tensor = rows.T @ weight @ columns
         return resized.to(kernel.dtype)
 
 
-def _resize_matrix(old: int, new: int, like: Tensor) -> Tensor:
+def resize_matrix(old: int, new: int, like: Tensor) -> Tensor:
     """Return the (new, old) matrix of antialiased bicubic resizing along one side."""
     # The whole identity as one image: columns of one pixel are resized wrongly by torch 2.15's antialiased kernel.
     basis = torch.eye(old, dtype=torch.float64, device=like.device)[None, None]

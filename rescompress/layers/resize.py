@@ -7,6 +7,7 @@ import math
 from fractions import Fraction
 from typing import Any, List, Optional, Tuple  # noqa: UP035  TorchScript reads these
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -26,9 +27,14 @@ class Resize2d(nn.Module):
     Shape:
         - Input: (B, C, H, W)
         - Output: (B, C, floor(H * scale), floor(W * scale)) or (B, C, *size)
+
+    Attributes:
+        whole: (down, right), the scales by which a dense prediction is brought back to its old size behind this one;
+            sides that they do not tell from others are refused then. None where nothing is brought back.
+        example: (height, width) of the one map that is taken in any case
     """
 
-    __constants__ = ["antialias", "mode", "multiple", "scale", "size"]
+    __constants__ = ["antialias", "example", "mode", "multiple", "scale", "size", "whole"]
 
     def __init__(
         self,
@@ -46,6 +52,8 @@ class Resize2d(nn.Module):
         self.mode = mode
         self.antialias = antialias
         self.multiple = multiple
+        self.whole: Optional[Tuple[float, float]] = None  # noqa: UP006, UP045
+        self.example: Tuple[int, int] = (0, 0)  # noqa: UP006
 
     def target(self, height: int, width: int) -> Tuple[int, int]:  # noqa: UP006
         """Return the (height, width) that a map of this (height, width) is resized to."""
@@ -60,6 +68,8 @@ class Resize2d(nn.Module):
     def side(self, side: int, scale: float) -> int:
         """Return the side that a side of a map is brought to by the scale."""
         multiple = self.multiple
+        if scale == 1.0:
+            return side
         if multiple == 1:
             return max(1, math.floor(side * scale))
         # ceil(x - 1/2) rounds halves down
@@ -68,6 +78,11 @@ class Resize2d(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         scale = self.scale
         size = self.size
+        whole = self.whole
+        if whole is not None:
+            height, width = self.target(x.shape[2], x.shape[3])
+            self.refuse_lost_side(x.shape[2], height, whole[0], self.example[0])
+            self.refuse_lost_side(x.shape[3], width, whole[1], self.example[1])
         if size is not None:
             if x.shape[2] == size[0] and x.shape[3] == size[1]:
                 return x
@@ -79,6 +94,17 @@ class Resize2d(nn.Module):
             height, width = self.target(x.shape[2], x.shape[3])
             return _interpolate(x, [height, width], None, self.mode, self.antialias)
         return _interpolate(x, None, [scale[0], scale[1]], self.mode, self.antialias)
+
+    def refuse_lost_side(self, side: int, target: int, scale: float, example: int) -> None:
+        """Raise where a side could not be told from others once it has become `target`: 40 may have been 40 or 44."""
+        if side != example and abs(side * scale - target) > 1e-6 * side:
+            raise ValueError(
+                "this network predicts for every pixel, and a map resized by "
+                + str(scale)
+                + " would not come back at a side of "
+                + str(side)
+                + "; give images of the example's size, or of sides that the scale and the network's strides divide"
+            )
 
     def extra_repr(self) -> str:
         what = f"scale={self.scale}" if self.size is None else f"size={self.size}"
@@ -102,6 +128,10 @@ def _interpolate(
     mode: str,
     antialias: bool,
 ) -> Tensor:
+    if antialias and not x.is_cuda and (x.dtype == torch.float16 or x.dtype == torch.bfloat16):
+        # Antialiasing has no kernel for half precision on the CPU.
+        y = F.interpolate(x.float(), size=size, scale_factor=scale, mode=mode, align_corners=False, antialias=True)
+        return y.to(x.dtype)
     # align_corners may only be given for the modes that know it.
     if mode == "bilinear" or mode == "bicubic":
         return F.interpolate(x, size=size, scale_factor=scale, mode=mode, align_corners=False, antialias=antialias)

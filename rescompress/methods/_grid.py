@@ -5,8 +5,10 @@ import dataclasses
 from torch import nn
 
 from rescompress import surgery
-from rescompress.anatomy import Anatomy, Grid, GridAttribute, ViTAnatomy
+from rescompress.anatomy import Anatomy, Grid, GridAttribute, ViTAnatomy, cells
 from rescompress.errors import SpecError, UnsupportedModelError
+from rescompress.layers.patches import ResizedEmbedding
+from rescompress.layers.resize import Resize2d
 
 
 def pixels_per_token(image_side: int, grid_side: int) -> int | None:
@@ -15,14 +17,23 @@ def pixels_per_token(image_side: int, grid_side: int) -> int | None:
     return min(candidates, key=lambda p: abs(p - image_side / grid_side), default=None)
 
 
+def pixels_per_patch(given: Grid, resized: Grid, patch: Grid) -> Grid | None:
+    """Return how many pixels of the given image make one patch of the resized one; None if that is no whole number."""
+    sides = [
+        patch[axis] * given[axis] // resized[axis] for axis in (0, 1) if patch[axis] * given[axis] % resized[axis] == 0
+    ]
+    return (sides[0], sides[1]) if len(sides) == 2 else None
+
+
 def follow(model: nn.Module, anatomy: Anatomy, grid: Grid) -> None:
     """Let what was laid out over the old grid follow to a new one: the host's own tables, and maps of dense outputs."""
     if anatomy.grid is None or grid == anatomy.grid:
         return
     if anatomy.refit is not None:
         anatomy.refit(surgery.get(model, anatomy.host), anatomy, grid)
-    for fqn in anatomy.restored:
-        surgery.restore_map(model, fqn, anatomy.grid, grid)
+    for index, fqn in enumerate(anatomy.restored):
+        size = anatomy.restored_sizes[index] if anatomy.restored_sizes else None
+        surgery.restore_map(model, fqn, anatomy.grid, grid, size, anatomy.multiple)
 
 
 def can_express(anatomy: ViTAnatomy, grid: Grid) -> bool:
@@ -72,7 +83,54 @@ def set_grid(model: nn.Module, anatomy: ViTAnatomy, grid: Grid, patch_size: Grid
     if grid != anatomy.grid:
         for attribute in anatomy.grid_attributes:
             _write(model, attribute, new, grid)
+        if not new.fixed_input and new.image_size != new.input_size and not _cuts_like_the_host(new):
+            _tell_grid(model, new)
     return new
+
+
+def _cuts_like_the_host(anatomy: ViTAnatomy) -> bool:
+    """Whether a host that takes any image may be told larger patches instead of a resized image; it checks, or pads."""
+    pixels = pixels_per_patch(anatomy.input_size, anatomy.image_size, anatomy.patch_size)
+    if pixels is None:
+        return False
+    return anatomy.pads_image or not (anatomy.input_size[0] % pixels[0] or anatomy.input_size[1] % pixels[1])
+
+
+def _tell_grid(model: nn.Module, anatomy: ViTAnatomy) -> None:
+    if anatomy.grid_method is None or anatomy.image_entry is not None:
+        return
+    scale = (anatomy.image_size[0] / anatomy.input_size[0], anatomy.image_size[1] / anatomy.input_size[1])
+    filled: Grid = (1, 1)
+    if anatomy.pads_image:
+        owner = surgery.get(model, surgery.split(anatomy.grid_method)[0])
+        filled = getattr(owner, "patch_size", anatomy.patch_size)
+    surgery.set_attribute(model, anatomy.grid_method, GridOfResized(Resize2d(scale), anatomy.patch_size, filled))
+
+
+class GridOfResized:
+    """Stands in for a host's method that gives the grid of an image's features, where the image is resized inside."""
+
+    def __init__(self, resize: Resize2d, patch: Grid, filled: Grid) -> None:
+        self.resize = resize
+        self.patch = patch
+        self.filled = filled
+
+    def __call__(self, img_size: Grid) -> Grid:
+        """Return the grid of an image that is filled up to multiples of `filled`, resized and cut into patches."""
+        rows, columns = cells((img_size[0], img_size[1]), self.filled, pads=True)
+        return cells(self.resize.target(rows * self.filled[0], columns * self.filled[1]), self.patch)
+
+
+def put_in_front(model: nn.Module, fqn: str, kind: str, resize: nn.Module) -> None:
+    """Resize the image that enters the module `fqn`, which is no convolution.
+
+    Raises:
+        UnsupportedModelError: an earlier step resizes it already.
+    """
+    module = surgery.get(model, fqn)
+    if isinstance(module, ResizedEmbedding):
+        raise UnsupportedModelError(f"{fqn!r} is resized already; a model takes {kind} once")
+    surgery.swap(model, fqn, ResizedEmbedding(module, resize))
 
 
 def _pos_embed_grid(anatomy: ViTAnatomy, grid: Grid) -> Grid:
@@ -92,16 +150,20 @@ def _pos_embed_grid(anatomy: ViTAnatomy, grid: Grid) -> Grid:
 def _write(model: nn.Module, attribute: GridAttribute, anatomy: ViTAnatomy, grid: Grid) -> None:
     owner_fqn, name = surgery.split(attribute.name)
     owner = surgery.get(model, owner_fqn)
-    if getattr(owner, name) is None:  # a host without a fixed size keeps none
+    if getattr(owner, name, None) is None:  # a host without a fixed size keeps none, or its refit writes it
         return
     stored = anatomy.pos_embed_grid[0] * anatomy.pos_embed_grid[1]
-    if attribute.holds.startswith("pixels_per_token"):
+    if attribute.holds == "patch":
+        value: object = anatomy.patch_size
+    elif attribute.holds.startswith("pixels_per_token"):
         sides: list[int | None] = list(anatomy.patch_size)
         if anatomy.image_size != anatomy.input_size:
+            if not anatomy.fixed_input and not _cuts_like_the_host(anatomy):
+                return  # set_grid has told the host its grid in another way
             sides = [pixels_per_token(image, side) for image, side in zip(anatomy.input_size, grid, strict=True)]
         if None in sides:
             return  # only informative then; a required one has been checked above
-        value: object = sides[0] if attribute.holds == "pixels_per_token" else tuple(sides)
+        value = sides[0] if attribute.holds == "pixels_per_token" else tuple(sides)
     elif attribute.holds == "grid":
         value = anatomy.pos_embed_grid
     else:

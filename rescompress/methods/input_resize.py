@@ -13,7 +13,7 @@ from rescompress import surgery
 from rescompress.anatomy import Anatomy, ConvAnatomy, Grid, ViTAnatomy
 from rescompress.errors import SpecError, UnsupportedModelError
 from rescompress.layers.resize import MODES, Resize2d
-from rescompress.methods._grid import can_express, follow, set_grid
+from rescompress.methods._grid import can_express, follow, pixels_per_patch, put_in_front, set_grid
 from rescompress.methods._resizing import check_resize_options, put_resize, warn_if_not_reached
 from rescompress.spec import Stage, Step, as_pair
 
@@ -65,14 +65,22 @@ class InputResize(Step):
     def _apply_conv(self, model: nn.Module, anatomy: ConvAnatomy) -> Anatomy:
         scale = None if self.scale is None else (float(self.scale), float(self.scale))
         # A stem of stride 2 makes of a multiple of 32 pixels a multiple of 16 positions.
-        stride = max(1, round(anatomy.input_size[0] / anatomy.stem_grid[0]))
+        reader = anatomy.reader
+        size = anatomy.input_size if reader is None else reader.size
+        stride = max(1, round(size[0] / anatomy.stem_grid[0]))
         multiple = anatomy.multiple * stride if anatomy.multiple > 1 else 1
         resize = self._resize(scale, self.size, multiple)  # type: ignore[arg-type]  # check_resize_options made it a pair
-        image = resize.target(*anatomy.input_size)
-        self._refuse_larger(anatomy.input_size, image)
-        warn_if_not_reached(self.kind, self.scale, anatomy.input_size, image)
+        image = resize.target(*size)
+        self._refuse_larger(size, image)
+        warn_if_not_reached(self.kind, self.scale, size, image)
         conv = surgery.get(model, anatomy.first_conv)
-        grid = surgery.output_grid(conv, image)
+        if anatomy.several_branches:
+            grid = image
+        elif reader is None:
+            grid = surgery.output_grid(conv, image)
+        else:
+            names = dict.fromkeys((reader.name, anatomy.first_conv))
+            grid = surgery.map_grid(tuple(surgery.get(model, name) for name in names), reader.channels, image)
         after = getattr(conv, "after", None)
         if isinstance(after, Resize2d):  # a stem_resize came first
             smaller = after.target(*grid)
@@ -87,7 +95,7 @@ class InputResize(Step):
                 f"input_resize leaves a {grid[0]} x {grid[1]} map behind the stem of this {type(model).__name__}, "
                 f"whose sides must be multiples of {anatomy.multiple}; take a multiple of {multiple} pixels"
             )
-        put_resize(model, anatomy.first_conv, self.kind, before=resize)
+        put_resize(model, anatomy.first_conv if reader is None else reader.name, self.kind, before=resize)
         follow(model, anatomy, grid)
         return dataclasses.replace(anatomy, stem_grid=grid)
 
@@ -102,12 +110,14 @@ class InputResize(Step):
             grid, image = anatomy.grid, anatomy.image_size
         else:
             warn_if_not_reached(self.kind, self.scale, anatomy.input_size, image)
-            if anatomy.fixed_input:
-                resize = self._resize(None, image)
-            else:
-                scale = (image[0] / anatomy.input_size[0], image[1] / anatomy.input_size[1])
-                resize = self._resize(scale, None)
-        put_resize(model, anatomy.patch_conv, self.kind, before=resize)
+            scale = (image[0] / anatomy.input_size[0], image[1] / anatomy.input_size[1])
+            # By the scale where that says the same, so that the host may be told of another image size afterwards.
+            exact = pixels_per_patch(anatomy.input_size, image, anatomy.patch_size) is not None
+            resize = self._resize(scale, None) if exact or not anatomy.fixed_input else self._resize(None, image)
+        if anatomy.image_entry is None:
+            put_resize(model, anatomy.patch_conv, self.kind, before=resize)
+        else:
+            put_in_front(model, anatomy.image_entry, self.kind, resize)
         return set_grid(model, anatomy, grid, anatomy.patch_size, image)
 
     def _target_grid(self, anatomy: ViTAnatomy) -> Grid:
@@ -127,7 +137,16 @@ class InputResize(Step):
                 image = anatomy.input_size[axis]
                 wanted = image * self.scale
                 square = anatomy.input_size[0] == anatomy.input_size[1]
-                grids = [g for g in range(1, image // patch + 1) if not square or can_express(anatomy, (g, g))]
+                grids = [
+                    g
+                    for g in range(1, image // patch + 1)
+                    if g % anatomy.multiple == 0 and (not square or can_express(anatomy, (g, g)))
+                ]
+                if not grids:
+                    raise SpecError(
+                        f"input_resize.scale={self.scale} finds no grid with sides that are multiples of "
+                        f"{anatomy.multiple} in a {anatomy.input_size[0]} x {anatomy.input_size[1]} image"
+                    )
                 sides.append(min(grids, key=lambda g, p=patch, w=wanted: (abs(g * p - w), g)))  # type: ignore[misc]
         return (sides[0], sides[1])
 

@@ -12,6 +12,7 @@ from torch import nn
 from rescompress import surgery
 from rescompress.anatomy import Anatomy, Grid, ViTAnatomy, cells
 from rescompress.errors import RescompressWarning, SpecError, UnsupportedModelError
+from rescompress.layers.patches import PatchLinear
 from rescompress.layers.resample import PatchConv2d
 from rescompress.methods._grid import can_express, set_grid
 from rescompress.methods._resizing import warn_if_not_reached
@@ -68,7 +69,9 @@ class PatchResize(Step):
                 f"the patches of this {type(model).__name__} are made by a stem of several convolutions, which has no "
                 "kernel that could be made larger; use input_resize"
             )
-        if not isinstance(conv, nn.Conv2d) or tuple(conv.kernel_size) != tuple(conv.stride):
+        layout = anatomy.patch_layout
+        linear = layout is not None and (type(conv) is nn.Linear or isinstance(conv, PatchLinear))
+        if not linear and (not isinstance(conv, nn.Conv2d) or tuple(conv.kernel_size) != tuple(conv.stride)):
             raise UnsupportedModelError(f"{anatomy.patch_conv!r} is no convolution whose stride is its kernel")
         image = anatomy.image_size
         patch_size = self._target_patch(anatomy, image)
@@ -83,7 +86,11 @@ class PatchResize(Step):
                 RescompressWarning,
                 stacklevel=2,
             )
-        surgery.swap(model, anatomy.patch_conv, PatchConv2d.from_patch_conv(conv, patch_size))
+        if isinstance(conv, nn.Linear) and layout is not None:
+            resampled: nn.Module = PatchLinear.from_patch_linear(conv, anatomy.patch_size, patch_size, layout)
+        else:
+            resampled = PatchConv2d.from_patch_conv(conv, patch_size)  # type: ignore[arg-type]
+        surgery.swap(model, anatomy.patch_conv, resampled)
         return set_grid(model, anatomy, grid, patch_size, image)
 
     def _target_patch(self, anatomy: ViTAnatomy, image: Grid) -> Grid:
@@ -92,15 +99,26 @@ class PatchResize(Step):
         if self.scale is None or self.scale == 1.0:
             return anatomy.patch_size
         # Nearest grid first, then the smaller one, then the patch that leaves the least unread, then the nearest patch.
+        # timm's embeddings for any size check for whole patches, and a host that cuts them itself needs whole ones.
+        whole = not anatomy.pads_image and (
+            anatomy.patch_layout is not None or (anatomy.size_check is not None and not anatomy.fixed_input)
+        )
         sides = []
         for axis in (0, 1):
             side, old = image[axis], cells(image, anatomy.patch_size, anatomy.pads_image)[axis]
             ranked = []
             for patch in range(anatomy.patch_size[axis], side + 1):
                 new = cells((side, side), (patch, patch), anatomy.pads_image)
-                if image[0] != image[1] or can_express(anatomy, new):
+                if whole and side % patch:
+                    continue
+                if not new[0] % anatomy.multiple and (image[0] != image[1] or can_express(anatomy, new)):
                     unread = 0 if anatomy.pads_image else side % patch
                     off = abs(patch - anatomy.patch_size[axis] / self.scale)
                     ranked.append((round(abs(new[0] / old - self.scale), 9), new[0], unread, off, patch))
+            if not ranked:
+                raise SpecError(
+                    f"patch_resize.scale={self.scale} finds no grid with sides that are multiples of "
+                    f"{anatomy.multiple} in a {image[0]} x {image[1]} image"
+                )
             sides.append(min(ranked)[-1])
         return (sides[0], sides[1])

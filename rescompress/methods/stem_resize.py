@@ -53,6 +53,11 @@ class StemResize(Step):
                 f"stem_resize needs a convolutional network, and {type(model).__name__} is a {anatomy.family}: its "
                 "first convolution cuts the patches; use patch_resize, input_resize, token_pool or token_merge"
             )
+        if anatomy.several_branches:
+            raise UnsupportedModelError(
+                f"the branches of this {type(model).__name__} each read the image or its size, and a map behind one of "
+                "them alone would not fit the others; use input_resize"
+            )
         scale = None if self.scale is None else (float(self.scale), float(self.scale))
         resize = Resize2d(scale, self.size, self.mode, self.antialias, anatomy.multiple)  # type: ignore[arg-type]
         before = anatomy.stem_grid

@@ -12,8 +12,12 @@ from torch import nn
 from rescompress import surgery
 from rescompress.anatomy import Anatomy, ViTAnatomy
 from rescompress.errors import SpecError, UnsupportedModelError
-from rescompress.layers.merge_blocks import ATTENTIONS, MERGE_BLOCKS, MeanOfMerged
+from rescompress.layers.adopt import class_name
+from rescompress.layers.merging.base import MeanOfMerged, MergingBlock
+from rescompress.layers.merging.general import GeneralMergeBlock
+from rescompress.layers.merging.table import ATTENTIONS, BLOCKS, REFUSED, attention_of, merging_block, needs_places
 from rescompress.methods._grid import forbid_maps
+from rescompress.methods._tokens import fix_grid, innermost, keeps_length, prefix_of, vit_anatomy
 from rescompress.spec import Stage, Step, check_scale, is_int
 
 
@@ -80,84 +84,102 @@ class TokenMerge(Step):
 
     def apply(self, model: nn.Module, anatomy: Anatomy) -> Anatomy:
         """Put merging blocks in the place of the old ones, from the first that merges to the last of the model."""
-        if not isinstance(anatomy, ViTAnatomy):
-            raise UnsupportedModelError(
-                f"token_merge needs a Vision Transformer, and {type(model).__name__} is a {anatomy.family} network: "
-                "use stem_resize or input_resize"
-            )
-        blocks = [surgery.get(model, fqn) for fqn in anatomy.blocks]
-        _refuse_unknown(blocks)
-        steps, counts = self._plan(anatomy)
+        anatomy = vit_anatomy(model, anatomy, self.kind)
+        start = _start(anatomy)
+        names = [innermost(model, fqn) for fqn in anatomy.blocks]
+        blocks = [surgery.get(model, fqn) for fqn in names]
+        _refuse_unknown(blocks[start:])
+        dense = keeps_length(model, anatomy)
+        steps, counts = self._plan(anatomy, start, dense)
         if (self.keep is None or self.keep < 1) and self.r != 0 and not any(steps):
             raise SpecError(f"token_merge with {self.to_dict()} merges nothing in this model; use a larger r")
         first = next((i for i, r in enumerate(steps) if r), None)
-        weigh = anatomy.mean_pooled and anatomy.norm is not None and first is not None
+        travel = 3 if any(needs_places(block) for block in blocks[start:]) else 1
+        weigh = anatomy.mean_pooled and anatomy.norm is not None and first is not None and not dense
         last = len(blocks) - 1
-        for i, block in enumerate(blocks):
-            if first is not None and i < first:
-                continue
-            merge_block = MERGE_BLOCKS[_class_name(block)].from_block(
-                block,
-                steps[i],
-                anatomy.num_prefix_tokens,
-                size_comes_in=first is not None and i > first,
-                size_goes_out=i < last or weigh,
-            )
-            surgery.swap(model, anatomy.blocks[i], merge_block)
+        full = anatomy.grids[0]
+        for i in range(start if first is None else first, len(blocks)):
+            grid = anatomy.grids[i]
+            if grid is None or full is None:
+                raise SpecError("token_merge is in the model already; put all merging into one step")
+            new = merging_block(blocks[i], prefix_of(anatomy, i))
+            new.r, new.num_prefix_tokens, new.grid = steps[i], prefix_of(anatomy, i), grid
+            new.dense, new.places = dense, needs_places(blocks[i])
+            new.comes_in = travel if first is not None and i > first and not dense else 0
+            new.goes_out = 0 if first is None or dense else travel if i < last else int(weigh)
+            if isinstance(new, GeneralMergeBlock):
+                new.host_grid = full
+            surgery.swap(model, names[i], new)
         if weigh and anatomy.norm is not None:
             norm = surgery.get(model, anatomy.norm)
-            surgery.swap(model, anatomy.norm, MeanOfMerged(norm, anatomy.num_prefix_tokens))
+            surgery.swap(model, anatomy.norm, MeanOfMerged(norm, prefix_of(anatomy, len(blocks))))
         if first is None:
             return anatomy
-        forbid_maps(model, anatomy, self.kind)
+        if not dense:
+            forbid_maps(model, anatomy, self.kind)
+        if travel > 1:  # places are counted on one grid
+            anatomy = fix_grid(model, anatomy, self.kind)
         grids = tuple(grid if i <= first else None for i, grid in enumerate(anatomy.grids))
         return dataclasses.replace(anatomy, grids=grids, num_patch_tokens=tuple(counts))
 
-    def _plan(self, anatomy: ViTAnatomy) -> tuple[list[int], list[int]]:
-        """Return the pairs merged in each block, and the patch tokens that enter each block and leave the last."""
+    def _plan(self, anatomy: ViTAnatomy, start: int, dense: bool) -> tuple[list[int], list[int]]:
+        """Return the pairs merged in each block, and the patch tokens that enter each block and leave the last.
+
+        Where each block gives all tokens back, it merges again what the blocks before it have merged, and counts are
+        of the tokens that a block computes on.
+        """
         before = anatomy.num_patch_tokens
-        if self.keep is not None and len(set(before)) > 1:
+        depth = len(anatomy.blocks)
+        if self.keep is not None and len(set(before[:depth])) > 1:
             raise SpecError(
                 "token_merge.keep does not go with token_pool, which changes the number of tokens; use r instead"
             )
-        wanted = self.schedule(before[0], len(anatomy.blocks))
-        if len(set(before)) == 1:
-            left = before[0]
-            counts = [left := left - r for r in wanted]
-            return wanted, [before[0], *counts]
-        # Poolings need a grid: merging may only begin behind the last of them.
-        last_pooled = max(i for i in range(1, len(before)) if before[i] != before[i - 1])
-        if any(wanted[:last_pooled]):
-            if isinstance(self.r, tuple):
-                raise SpecError(
-                    f"token_merge.r merges before the tokens are pooled behind block {last_pooled - 1}; merging "
-                    f"dissolves the grid that pooling needs: its first {last_pooled} numbers must be 0"
-                )
-            wanted = [0] * last_pooled + [self.r or 0] * (len(wanted) - last_pooled)
-        counts, left = list(before), before[last_pooled]
-        for i in range(last_pooled, len(wanted)):
-            wanted[i] = min(wanted[i], left // 2)
-            left -= wanted[i]
-            counts[i + 1] = left
+        if isinstance(self.r, tuple) and len(self.r) == depth and any(self.r[:start]):
+            raise SpecError(
+                f"token_merge.r merges in block {next(i for i, r in enumerate(self.r) if r)}, but tokens can only be "
+                f"merged from block {start} on: before it they are pooled, or the model puts prefix tokens in; its "
+                f"first {start} numbers must be 0"
+            )
+        if isinstance(self.r, tuple):
+            wanted = self.schedule(before[start], depth)
+        else:
+            wanted = [0] * start + self.schedule(before[start], depth - start)
+        counts, left = list(before[: start + 1]), before[start]
+        if dense:
+            total = 0
+            for i in range(start, depth):
+                total += wanted[i]
+                wanted[i] = min(total, before[i] // 2)
+                counts[i : i + 1] = [before[i] - wanted[i]]
+            return wanted, [*counts[:depth], before[depth]]
+        for r in wanted[start:]:
+            left -= r
+            counts.append(left)
         return wanted, counts
 
 
-def _class_name(thing: object) -> str:
-    return f"{type(thing).__module__}.{type(thing).__qualname__}"
+def _start(anatomy: ViTAnatomy) -> int:
+    """Return the first block that may merge: poolings need a grid, and prefix tokens must be there or never come."""
+    before = anatomy.num_patch_tokens[: len(anatomy.blocks)]
+    pooled = max((i for i in range(1, len(before)) if before[i] != before[i - 1]), default=0)
+    joined = anatomy.prefix_from_block if anatomy.prefix_from_block < len(before) else 0
+    return max(pooled, joined)
 
 
 def _refuse_unknown(blocks: list[nn.Module]) -> None:
     for block in blocks:
-        if isinstance(block, tuple(MERGE_BLOCKS.values())):
+        if isinstance(block, MergingBlock):
             raise SpecError("token_merge is in the model already; put all merging into one step")
-        name = _class_name(block)
-        if name not in MERGE_BLOCKS:
+        name = class_name(block)
+        if name in REFUSED:
+            raise UnsupportedModelError(f"token_merge cannot merge in blocks of class {name}: {REFUSED[name]}")
+        if name not in BLOCKS:
             raise UnsupportedModelError(
-                f"token_merge does not know blocks of class {name}; it knows {', '.join(MERGE_BLOCKS)}"
+                f"token_merge does not know blocks of class {name}; it knows {', '.join(BLOCKS)}"
             )
-        attn = getattr(block, "attn", getattr(block, "self_attention", None))
-        if _class_name(attn) not in ATTENTIONS:
+        attention = class_name(attention_of(block))
+        if attention not in ATTENTIONS:
             raise UnsupportedModelError(
-                f"token_merge needs the keys of the attention and does not know {_class_name(attn)}; "
-                f"it knows {', '.join(ATTENTIONS)}"
+                f"token_merge needs the keys of the attention and does not know {attention}; it knows "
+                f"{', '.join(ATTENTIONS)}"
             )

@@ -4,9 +4,7 @@ import subprocess
 import sys
 
 import pytest
-import timm
 import torch
-import torchvision
 from torch import nn
 
 import rescompress as rc
@@ -86,16 +84,6 @@ class ByValue(nn.Module):
 def test_models_that_look_at_values_are_probed_for_real() -> None:
     small = rc.compress(ByValue(), scale=0.5, example_input=torch.rand(1, 3, 18, 18))
     assert rc.spec_of(small) == rc.Spec.of(rc.StemResize(scale=0.5))
-
-
-def test_hybrid_and_convolutional_stems_are_refused_with_a_reason() -> None:
-    hybrid = timm.create_model("vit_tiny_r_s16_p8_224", depth=1)
-    with pytest.raises(rc.UnsupportedModelError, match=r"cuts patches with timm\.layers\.hybrid_embed\.HybridEmbed"):
-        rc.compress(hybrid, scale=0.5)
-    stem = torchvision.models.vision_transformer.ConvStemConfig(8, 3, 2)
-    model = torchvision.models.VisionTransformer(32, 2, 1, 1, 8, 8, conv_stem_configs=[stem])
-    with pytest.raises(rc.UnsupportedModelError, match="convolutional stem"):
-        rc.compress(model, scale=0.5)
 
 
 def test_a_family_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,13 @@ from hypothesis import given, settings
 from torch import Tensor
 
 import rescompress as rc
-from rescompress.layers.merge import merge_tokens, proportional_bias
+from rescompress.layers.merge import (
+    match_tokens,
+    merge_matched,
+    merge_tokens,
+    proportional_bias,
+    source_of_matched,
+)
 from tests.zoo import randomize
 
 
@@ -151,14 +157,58 @@ def unmerged_block(m: torch.nn.Module) -> tuple[Tensor, None, Tensor]:
 
 
 def test_blocks_that_cannot_be_adopted_are_refused() -> None:
-    m = timm.create_model(
-        "vit_tiny_patch16_224", img_size=64, depth=2, block_fn=timm.models.vision_transformer.ResPostBlock
-    )
-    with pytest.raises(rc.UnsupportedModelError, match=r"does not know blocks of class timm\..*ResPostBlock"):
-        rc.compress(m, rc.TokenMerge(r=2), example_input=X)
+    class Other(timm.models.vision_transformer.Block):
+        pass
+
+    for block, message in (
+        (Other, r"does not know blocks of class .*Other; it knows timm\.models\.vision_transformer\.Block, "),
+        (timm.models.vision_transformer.ParallelScalingBlock, "attention and MLP run side by side"),
+    ):
+        m = timm.create_model("vit_tiny_patch16_224", img_size=64, depth=2, block_fn=block)
+        with pytest.raises(rc.UnsupportedModelError, match=message):
+            rc.compress(m, rc.TokenMerge(r=2), example_input=X)
     m = timm.create_model("vit_tiny_patch16_224", img_size=64, depth=2, attn_layer="diff")
     with pytest.raises(rc.UnsupportedModelError, match=r"does not know timm\.layers.*DiffAttention"):
         rc.compress(m, rc.TokenMerge(r=2), example_input=X)
+
+
+@given(sequences)
+@settings(max_examples=50, derandomize=True, deadline=None)
+def test_every_token_finds_what_it_was_merged_into(case: tuple[int, int, int, int]) -> None:
+    prefix, patches, r, seed = case
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(1, prefix + patches, 4, generator=generator, dtype=torch.float64)
+    match = match_tokens(x, min(r, patches // 2), prefix)
+    merged, size = merge_matched(x, torch.ones_like(x[..., :1]), match, prefix)
+    source = source_of_matched(x.shape[1], match, prefix)
+    groups = [(source[0] == i).nonzero().flatten() for i in range(merged.shape[1])]
+    torch.testing.assert_close(torch.stack([x[0, group].mean(0) for group in groups]), merged[0])
+    assert [len(group) for group in groups] == size.flatten().tolist()
+
+
+def test_features_as_maps_hold_what_was_merged_at_every_place() -> None:
+    """Each block merges at its entry what the blocks before it have merged, and r more; all places get tokens back."""
+    features = timm.create_model(
+        "vit_tiny_patch16_224", features_only=True, img_size=64, depth=3, out_indices=[0, 1, 2]
+    )
+    small = rc.compress(randomize(features).eval(), rc.TokenMerge(r=2), example_input=X)
+    assert small._rescompress.anatomy.num_patch_tokens == (14, 12, 10, 16)
+    with torch.no_grad():
+        maps = small(X)
+    assert [tuple(one.shape) for one in maps] == [(2, 192, 4, 4)] * 3
+    distinct = [[len(one[i].flatten(1).T.unique(dim=0)) for i in range(2)] for one in maps]
+    assert distinct == [[14, 14], [12, 12], [10, 10]]
+
+
+def test_torchscript_of_each_scripted_block() -> None:
+    for block in (timm.models.vision_transformer.Block, timm.models.vision_transformer.ResPostBlock):
+        small = rc.compress(vit(depth=2, block_fn=block), rc.TokenMerge(r=2), example_input=X)
+        with torch.no_grad():
+            torch.testing.assert_close(torch.jit.script(small)(X), small(X))
+    features = timm.create_model("vit_tiny_patch16_224", features_only=True, img_size=64, depth=3)
+    dense = rc.compress(randomize(features).eval(), rc.TokenMerge(r=2), example_input=X)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.jit.script(dense.model)(X), dense.model(X))
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 
 import rescompress as rc
-from rescompress.layers.pool import TokenPool2d
+from rescompress.layers.pool import TokenPool2d, TokenRepeat2d
 from tests.zoo import randomize
 
 
@@ -122,6 +122,60 @@ def test_features_are_not_reshaped_into_a_map_of_nonsense() -> None:
     with pytest.raises(RuntimeError, match="after token_pool the features of the blocks form no single grid"):
         small.forward_intermediates(X)
     tokens = small.forward_intermediates(X, output_fmt="NLC", intermediates_only=True)
-    assert [t.shape[1] for t in tokens] == [32, 32, 8, 8, 8]
+    assert [t.shape[1] for t in tokens] == [32, 8, 8, 8]
     same = rc.compress(m, rc.TokenPool(after_block=1, stride=1), example_input=X)
     assert same.forward_intermediates(X, intermediates_only=True)[0].shape == (1, 192, 4, 8)
+
+
+def test_blocks_keep_their_places_and_their_parts() -> None:
+    m = model()
+    small = rc.compress(m, rc.TokenPool(after_block=1), example_input=X)
+    assert list(small.blocks._modules) == ["0", "1", "2", "3"]
+    assert small.blocks[1].attn.num_heads == 3
+    with torch.no_grad():
+        last = small.forward_intermediates(X, indices=[3], output_fmt="NLC", intermediates_only=True)[0]
+        x = m.blocks[1](m.blocks[0](m._pos_embed(m.patch_embed(X))))
+        x = m.blocks[3](m.blocks[2](TokenPool2d((4, 8), (2, 2), 1)(x)))
+    torch.testing.assert_close(last, x[:, 1:], rtol=0, atol=0)
+
+
+@given(
+    grid=st.tuples(st.integers(1, 4), st.integers(1, 4)),
+    stride=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    prefix=st.integers(0, 2),
+)
+@settings(max_examples=50, derandomize=True, deadline=None)
+def test_repetition_is_undone_by_pooling(grid: tuple[int, int], stride: tuple[int, int], prefix: int) -> None:
+    x = torch.randn(2, prefix + grid[0] * grid[1], 3, dtype=torch.float64)
+    full = TokenRepeat2d(grid, stride, prefix)(x)
+    assert full.shape[1] == prefix + grid[0] * stride[0] * grid[1] * stride[1]
+    for mode in ("avg", "max"):
+        pooled = TokenPool2d((grid[0] * stride[0], grid[1] * stride[1]), stride, prefix, mode)(full)
+        torch.testing.assert_close(pooled, x)
+
+
+def test_maps_of_features_have_the_full_grid_and_the_pooled_values() -> None:
+    """Each block pools at its entry and repeats at its exit, which is the same as staying pooled."""
+    options = {"img_size": (64, 128), "depth": 4}
+    features = timm.create_model("vit_tiny_patch16_224", features_only=True, out_indices=[1, 3], **options)
+    m = model()
+    features.model.load_state_dict(m.state_dict(), strict=False)
+    spec = rc.Spec.of(rc.TokenPool(after_block=0), rc.TokenPool(after_block=1, stride=(1, 2), mode="max"))
+    dense = rc.compress(features.eval(), spec, example_input=X)
+    assert dense._rescompress.anatomy.num_patch_tokens == (32, 8, 4, 4, 32)
+    small = rc.compress(m, spec, example_input=X)
+    with torch.no_grad():
+        maps = dense(X)
+        tokens = small.forward_intermediates(X, [0, 3], output_fmt="NLC", intermediates_only=True)[1]
+    assert [tuple(one.shape) for one in maps] == [(1, 192, 4, 8), (1, 192, 4, 8)]
+    expected = tokens.transpose(1, 2).reshape(1, 192, 2, 2).repeat_interleave(2, 2).repeat_interleave(4, 3)
+    torch.testing.assert_close(maps[1], expected, rtol=1e-4, atol=1e-5)
+    with pytest.raises(rc.SpecError, match="behind the last block nothing is computed on fewer tokens"):
+        rc.compress(features, rc.TokenPool(after_block=3), example_input=X)
+
+
+def test_torchscript_of_a_pooling_around_each_block() -> None:
+    features = timm.create_model("vit_tiny_patch16_224", features_only=True, img_size=(64, 128), depth=3)
+    dense = rc.compress(randomize(features).eval(), rc.TokenPool(after_block=0), example_input=X)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.jit.script(dense.model)(X), dense.model(X))

@@ -1,0 +1,58 @@
+"""Heads of Hugging Face transformers that predict for every pixel: their maps keep their size.
+
+The backbone inside is described by its own family. A head that brings its map to the size of the image itself, such as
+UperNet's, needs nothing and is not listed here.
+
+Ranftl et al., "Vision Transformers for Dense Prediction", https://arxiv.org/abs/2103.13413
+"""
+
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from rescompress import surgery
+from rescompress.anatomy import Anatomy, Grid, ViTAnatomy
+from rescompress.families import hf_vit
+from rescompress.families._base import Family, class_names, describe_parts
+
+_RESTORED: dict[str, tuple[str, ...]] = {
+    "beit.modeling_beit.BeitBackbone": (),
+    "beit.modeling_beit.BeitForSemanticSegmentation": ("decode_head",),
+    "data2vec.modeling_data2vec_vision.Data2VecVisionForSemanticSegmentation": ("decode_head",),
+    "depth_anything.modeling_depth_anything.DepthAnythingForDepthEstimation": (),
+    "dpt.modeling_dpt.DPTForDepthEstimation": ("head.head",),
+    "dpt.modeling_dpt.DPTForSemanticSegmentation": ("head",),
+    "glpn.modeling_glpn.GLPNForDepthEstimation": ("head.head",),
+    "mobilenet_v2.modeling_mobilenet_v2.MobileNetV2ForSemanticSegmentation": ("segmentation_head",),
+    "mobilevit.modeling_mobilevit.MobileViTForSemanticSegmentation": ("segmentation_head",),
+    "mobilevitv2.modeling_mobilevitv2.MobileViTV2ForSemanticSegmentation": ("segmentation_head",),
+    "segformer.modeling_segformer.SegformerForSemanticSegmentation": ("decode_head",),
+}
+"""Class of a model: the modules whose map it returns."""
+
+
+def describe(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Anatomy:
+    """Describe the backbone, and name the modules whose maps are brought back to their size."""
+    names = [name.removeprefix("transformers.models.") for name in class_names(model)]
+    restored = next(_RESTORED[name] for name in names if name in _RESTORED)
+    anatomy = replace(describe_parts(model, args, kwargs), restored=restored)
+    if isinstance(anatomy, ViTAnatomy):
+        return replace(anatomy, host="", refit=refit, dense_tokens=True)
+    return anatomy
+
+
+def refit(host: Any, anatomy: Any, grid: Grid) -> None:
+    """Let the ViT inside follow, and every part of the head that computes the grid anew."""
+    fqn = anatomy.patch_conv.removeprefix(f"{anatomy.host}.") if anatomy.host else anatomy.patch_conv
+    tower = surgery.get(host, fqn.split(".embeddings.")[0])
+    hf_vit.refit_tower(host, tower, surgery.get(host, fqn), anatomy, grid)
+
+
+FAMILY = Family(
+    name="hf_dense",
+    summary="segmentation and depth heads of transformers: BEiT, Data2Vec, SegFormer, DPT, Depth Anything, MobileViT",
+    methods=("patch_resize", "stem_resize", "input_resize", "token_pool", "token_merge", "quantize"),
+    hosts=tuple(f"transformers.models.{name}" for name in _RESTORED),
+    describe=describe,
+)

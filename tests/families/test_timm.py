@@ -1,0 +1,253 @@
+"""Every class of model that timm registers: what compress promises, for each of them at a small size.
+
+By default all classes are compressed, compared, loaded and counted, and those in EXPORTED are exported too;
+`pytest -m slow` exports and differentiates the others.
+"""
+
+import copy
+import importlib
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+import rescompress as rc
+from rescompress.anatomy import Anatomy, ViTAnatomy
+from rescompress.families import describe
+from rescompress.measure import count_macs
+from rescompress.self_check import apply_steps
+from rescompress.surgery import clone_shared, fingerprint
+from tests.families.timm_classes import TIMM, build, image, small_of
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+REFUSED: dict[str, str] = {}
+"""Entry points that a plain scale=0.5 refuses, and why; at most five."""
+
+NOT_EXPORTED: dict[str, str] = {}
+"""Entry points that torch.export does not take before anything is done to them, and what it says."""
+
+EXPORTED = (
+    "test_byobnet",
+    "test_convnext",
+    "test_coatnet",
+    "test_efficientnet",
+    "test_mambaout",
+    "test_nfnet",
+    "test_resnet",
+    "test_vit",
+    "test_vit_relpos",
+    "cait_xxs24_224",
+    "crossvit_tiny_240",
+    "beitv2_base_patch16_224",
+    "vit_tiny_patch16_dinov3_qkvb",
+    "hiera_tiny_224",
+    "levit_128s",
+    "swin_tiny_patch4_window7_224",
+    "gmlp_ti16_224",
+)
+"""Entry points that are exported by default."""
+
+BY_ARITHMETIC: dict[str, tuple[float, str]] = {}
+"""Entry point: how far its cost may lie from that of the smaller grid's share, and why no original could be counted."""
+
+
+@dataclass
+class Pair:
+    """An original and what `scale=0.5` makes of it."""
+
+    name: str
+    original: nn.Module
+    small: nn.Module
+    x: Tensor
+    expected: list[Tensor]
+    found: list[Tensor]
+    before: dict[str, int]
+    state: dict[str, Tensor]
+
+
+def run(model: nn.Module, x: Tensor) -> list[Tensor]:
+    """Return all tensors that a model gives."""
+    with torch.no_grad():
+        return [leaf for leaf in tree_leaves(model(x)) if isinstance(leaf, Tensor)]
+
+
+@pytest.fixture(scope="module", params=[name for name in TIMM if name not in REFUSED])
+def pair(request: pytest.FixtureRequest) -> Pair:
+    name = request.param
+    model, x = build(name), image(name)
+    expected = run(model, x)
+    before = fingerprint(model)
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    small = rc.compress(model, scale=0.5, example_input=x)
+    return Pair(name, model, small, x, expected, run(small, x), before, state)
+
+
+def assert_same(found: list[Tensor], expected: list[Tensor], share: float) -> None:
+    """Compare outputs; they may be apart by a share of the largest value."""
+    assert len(found) == len(expected)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=share * max(1.0, b.abs().max().item()))
+
+
+def test_every_module_of_timm_is_covered() -> None:
+    covered = {type(build(name, device="meta")).__module__ for name in TIMM}
+    missing = set(timm.list_modules()) - {module.rpartition(".")[2] for module in covered}
+    assert {module for module in missing if registers_a_class(module)} == set()
+
+
+def registers_a_class(module: str) -> bool:
+    """Whether entry points of this module build classes that are defined there, not another module's."""
+    namespace = importlib.import_module(f"timm.models.{module}")
+    return any(
+        isinstance(thing, type) and issubclass(thing, nn.Module) and hasattr(thing, "forward_features")
+        for thing in vars(namespace).values()
+        if getattr(thing, "__module__", None) == namespace.__name__
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_every_class_of_timm_is_covered() -> None:
+    covered = {type(build(name, device="meta")) for name in TIMM}
+    for name in timm.list_models():
+        with torch.device("meta"):
+            model = timm.create_model(name)
+        assert type(model) in covered, f"{name} is a {type(model).__name__}, which no entry of TIMM is"
+
+
+def test_few_are_refused() -> None:
+    assert len(REFUSED) <= 5
+    for name in REFUSED:
+        with pytest.raises(rc.UnsupportedModelError):
+            rc.compress(build(name), scale=0.5, example_input=image(name))
+
+
+def test_identity_of_the_default(pair: Pair) -> None:
+    same = clone_shared(pair.original)
+    anatomy = replace(describe(pair.original, (pair.x,)), multiple=anatomy_of(pair).multiple)
+    apply_steps(same, rc.spec_of(pair.small).identity(), anatomy)
+    assert_same(run(same, pair.x), pair.expected, 1e-6)
+
+
+def test_the_reduction_is_none(pair: Pair) -> None:
+    """What the other tests compare is not the original again, and the outputs are of the same kind."""
+    assert len(pair.found) == len(pair.expected)
+    if all(a.shape == b.shape for a, b in zip(pair.found, pair.expected, strict=True)):
+        assert max(float((a - b).abs().max()) for a, b in zip(pair.found, pair.expected, strict=True)) > 1e-3
+    assert all(bool(tensor.isfinite().all()) for tensor in pair.found)
+
+
+def test_names_survive_and_checkpoints_load(pair: Pair) -> None:
+    assert list(pair.small.state_dict()) == list(pair.state)
+    loaded = copy.deepcopy(pair.small)
+    with torch.no_grad():
+        for parameter in loaded.parameters():
+            parameter.zero_()
+    loaded.load_state_dict(pair.state)
+    assert_same(run(loaded, pair.x), pair.found, 1e-5)
+    loaded.load_state_dict(pair.small.state_dict())
+    assert_same(run(loaded, pair.x), pair.found, 0)
+
+
+def test_the_original_is_untouched(pair: Pair) -> None:
+    assert fingerprint(pair.original) == pair.before
+    torch.testing.assert_close(dict(pair.original.state_dict()), pair.state, rtol=0, atol=0)
+    assert_same(run(pair.original, pair.x), pair.expected, 0)
+
+
+def test_cost_falls_as_predicted(pair: Pair) -> None:
+    measured, before = count_macs(pair.small, pair.x).macs, count_macs(pair.original, pair.x).macs
+    assert measured < before
+    predicted = predicted_macs(pair)
+    if pair.name in BY_ARITHMETIC:
+        assert predicted is None, f"{pair.name} can be counted at the smaller size: take it from BY_ARITHMETIC"
+        allowed, _ = BY_ARITHMETIC[pair.name]
+        assert measured == pytest.approx(share_of_grid(pair) * before, rel=allowed)
+    else:
+        assert measured == pytest.approx(predicted, rel=TOLERANCE.get(pair.name, 1e-6))
+
+
+def anatomy_of(pair: Pair) -> Anatomy:
+    """Return what the compressed model was left with."""
+    anatomy: Anatomy = pair.small._rescompress.anatomy
+    return anatomy
+
+
+def reader_of(anatomy: Anatomy) -> str:
+    """Return the name of what reads the image, and goes on reading all of it."""
+    name: str = anatomy.patch_conv if isinstance(anatomy, ViTAnatomy) else anatomy.first_conv
+    return name
+
+
+def share_of_grid(pair: Pair) -> float:
+    """Return the area of the new grid over that of the old one."""
+    old, new = describe(pair.original, (pair.x,)).grid, anatomy_of(pair).grid
+    return (new[0] * new[1]) / (old[0] * old[1])
+
+
+def predicted_macs(pair: Pair) -> float | None:
+    """Return the count of the original for the image that makes the smaller grid, with a stem that reads the whole one.
+
+    None where the original cannot be built or run for such an image.
+    """
+    step = rc.spec_of(pair.small).steps[0]
+    side = small_of(pair.name).smaller or pair.x.shape[-1] // 2
+    x = pair.x.new_empty(2, 3, side, side, device="meta")
+    try:
+        at_small = count_macs(build(pair.name, side, device="meta"), x)
+    except Exception:  # the original's own limits
+        return None
+    if isinstance(step, rc.InputResize):
+        return at_small.macs
+    reader = reader_of(describe(pair.original, (pair.x,)))
+    whole = macs_of(count_macs(pair.original, pair.x), reader)
+    return at_small.macs + whole - macs_of(at_small, reader)
+
+
+def macs_of(count: Any, fqn: str) -> int:
+    """Return the MACs of a module."""
+    return next((row.macs for row in count.modules if row.fqn == fqn), 0)
+
+
+TOLERANCE: dict[str, float] = {}
+"""Entry point: how far its cost may lie from the count of the original at the smaller size."""
+
+
+def heavy(pair: Pair, request: pytest.FixtureRequest) -> None:
+    """Skip what takes long unless slow tests are asked for."""
+    if pair.name not in EXPORTED and "slow" not in str(request.config.getoption("-m")).replace("not slow", ""):
+        pytest.skip("with -m slow")
+
+
+def test_gradients_reach_every_parameter(pair: Pair) -> None:
+    had, has = gradients(pair.original, pair.x), gradients(pair.small, pair.x)
+    assert has.keys() == had.keys()
+    assert [name for name, grad in has.items() if not bool(grad.isfinite().all())] == []
+    assert [
+        name for name, grad in had.items() if bool(grad.abs().max() > 0) and not bool(has[name].abs().max() > 0)
+    ] == []
+
+
+def gradients(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    """Return the gradients of all parameters that get one, by their names in the state dict."""
+    model = copy.deepcopy(model)
+    outputs = [leaf for leaf in tree_leaves(model(x)) if isinstance(leaf, Tensor) and leaf.requires_grad]
+    generator = torch.Generator().manual_seed(2)
+    sum((y * torch.randn(y.shape, generator=generator)).sum() for y in outputs).backward()
+    kept = {id(p): p.grad for p in model.parameters() if p.grad is not None}
+    return {name: kept[id(p)] for name, p in model.state_dict(keep_vars=True).items() if id(p) in kept}
+
+
+def test_exports(pair: Pair, request: pytest.FixtureRequest) -> None:
+    heavy(pair, request)
+    if pair.name in NOT_EXPORTED:
+        with pytest.raises(Exception):  # noqa: B017  whatever torch.export raises on a foreign model
+            torch.export.export(pair.original, (pair.x,))
+        return
+    program = torch.export.export(pair.small, (pair.x,))
+    assert_same(run(program.module(), pair.x), pair.found, 1e-5)

@@ -1,0 +1,199 @@
+"""torchvision: classification, segmentation and detection, whose outputs stay in the coordinates of the image."""
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+import torchvision
+from torch import Tensor
+from torchvision.models import detection, segmentation
+
+import rescompress as rc
+from rescompress.inputs import default_args
+from tests.zoo import randomize
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+CONVOLUTIONAL = [
+    name
+    for name in torchvision.models.list_models(torchvision.models)
+    if not name.startswith(("vit_", "swin", "maxvit"))
+]
+SMALLEST = [
+    "alexnet",
+    "convnext_tiny",
+    "densenet121",
+    "efficientnet_v2_s",
+    "googlenet",
+    "inception_v3",
+    "mnasnet0_5",
+    "mobilenet_v3_small",
+    "regnet_y_400mf",
+    "resnext50_32x4d",
+    "shufflenet_v2_x0_5",
+    "squeezenet1_1",
+    "vgg11_bn",
+]
+SEGMENTATION = torchvision.models.list_models(segmentation)
+DETECTION = torchvision.models.list_models(detection)
+SMALL_DETECTION = ["fasterrcnn_mobilenet_v3_large_320_fpn", "fcos_resnet50_fpn", "ssdlite320_mobilenet_v3_large"]
+
+
+def noise(*shape: int) -> Tensor:
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(0))
+
+
+def some_marked_slow(names: list[str], fast: list[str]) -> list[Any]:
+    return [pytest.param(name, marks=[] if name in fast else [pytest.mark.slow]) for name in names]
+
+
+@pytest.mark.parametrize("name", some_marked_slow(CONVOLUTIONAL, SMALLEST))
+def test_classification(name: str) -> None:
+    on_meta = not name.startswith("regnet")  # which reads values while it is built
+    if name in ("regnet_y_128gf", "regnet_x_32gf", "regnet_y_32gf"):
+        pytest.skip("gigabytes of real weights, and the class of regnet_y_400mf")
+    options = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
+    with torch.device("meta" if on_meta else "cpu"):
+        model = getattr(torchvision.models, name)(weights=None, **options).to("meta").eval()
+        x = torch.empty(1, 3, 128, 128, device="meta")
+    with pytest.warns(rc.RescompressWarning, match="on the meta device"):
+        small = rc.compress(model, scale=0.5, example_input=x)
+    assert list(small.state_dict()) == list(model.state_dict())
+    assert small(x).shape == model(x).shape
+    old, new = (rc.measure(m, x, latency=False, peak_memory=False, training=False).macs for m in (model, small))
+    assert new < 0.75 * old
+
+
+def segmentor(name: str) -> torch.nn.Module:
+    aux = {} if name.startswith("lraspp") else {"aux_loss": True}
+    return randomize(getattr(segmentation, name)(weights=None, weights_backbone=None, num_classes=3, **aux)).eval()
+
+
+@pytest.mark.parametrize(
+    "name", some_marked_slow(SEGMENTATION, ["lraspp_mobilenet_v3_large", "deeplabv3_mobilenet_v3_large"])
+)
+def test_segmentation_keeps_the_size_of_the_image(name: str) -> None:
+    model, x = segmentor(name), noise(1, 3, 65, 97)
+    same = rc.compress(model, rc.StemResize(scale=1.0), example_input=x)
+    for step in (rc.StemResize(scale=0.5), rc.InputResize(scale=0.5)):
+        with pytest.warns(rc.RescompressWarning, match="cannot be reached exactly"):
+            small = rc.compress(model, step, example_input=x)
+        for image in (x, noise(2, 3, 64, 50)):
+            old, new = model(image), small(image)
+            assert {key: value.shape for key, value in old.items()} == {key: value.shape for key, value in new.items()}
+    torch.testing.assert_close(same(x), model(x), rtol=0, atol=0)
+
+
+def detector(name: str, side: int = 128, **options: Any) -> Any:
+    """Build a detector with visible random weights that keeps boxes of any score."""
+    options |= {"weights": None, "weights_backbone": None, "num_classes": 4}
+    if not name.startswith("ssd"):
+        options |= {"min_size": side, "max_size": side}
+    if "rcnn" in name:
+        options |= {"box_score_thresh": 0.0, "rpn_post_nms_top_n_test": 30, "box_detections_per_img": 10}
+    else:
+        options |= {"score_thresh": 0.0, "topk_candidates": 20, "detections_per_img": 10}
+    if "keypoint" in name:
+        options["num_keypoints"] = 5
+    return randomize(getattr(detection, name)(**options)).eval()
+
+
+def images() -> list[Tensor]:
+    return [noise(3, 128, 128), noise(3, 100, 90)]
+
+
+@pytest.mark.parametrize("name", some_marked_slow(DETECTION, SMALL_DETECTION))
+def test_boxes_lie_in_image_coordinates(name: str) -> None:
+    model, given = detector(name), images()
+    same = rc.compress(model, rc.StemResize(scale=1.0), example_input=(given,))
+    torch.testing.assert_close(same(given), model(given), rtol=0, atol=0)
+    small = rc.compress(model, scale=0.5, example_input=(given,))
+    assert list(small.state_dict()) == list(model.state_dict())
+    found = pickle.loads(pickle.dumps(small))(given)
+    assert [one.keys() for one in found] == [one.keys() for one in model(given)]
+    for image, one in zip(given, found, strict=True):
+        height, width = image.shape[-2:]
+        boxes = one["boxes"]
+        assert len(boxes) > 0
+        assert boxes.min() >= 0 and boxes[:, 2].max() <= width + 1e-3 and boxes[:, 3].max() <= height + 1e-3
+        # Not all in the upper left half: anchors reach over the whole image.
+        assert boxes[:, 2].max() > 0.6 * width and boxes[:, 3].max() > 0.6 * height
+        if "masks" in one:
+            assert one["masks"].shape[-2:] == image.shape[-2:]
+
+
+@pytest.mark.parametrize(
+    "name",
+    some_marked_slow(
+        [
+            "fasterrcnn_mobilenet_v3_large_320_fpn",
+            "maskrcnn_resnet50_fpn",
+            "retinanet_resnet50_fpn",
+            "fcos_resnet50_fpn",
+        ],
+        SMALL_DETECTION,
+    ),
+)
+@pytest.mark.parametrize("warm", [False, True], ids=["fresh", "has run before"])
+def test_half_the_image_inside_is_half_the_image_outside(name: str, warm: bool) -> None:
+    """Anchors, regions and levels are those of the smaller image; torchvision's cache of scales must not disturb."""
+    model, given = detector(name), [images()[0]]
+    half = copy.deepcopy(model)
+    half.transform.min_size, half.transform.max_size = (64,), 64
+    if warm:
+        model(given)
+    small = rc.compress(model, rc.InputResize(scale=0.5, antialias=False), example_input=(given,))
+    torch.testing.assert_close(small(given), half(given), rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "name", ["ssdlite320_mobilenet_v3_large", pytest.param("ssd300_vgg16", marks=pytest.mark.slow)]
+)
+def test_default_boxes_of_an_ssd_are_twice_as_large_and_cover_the_image(name: str) -> None:
+    model, given = detector(name), [images()[0]]
+    small = rc.compress(model, scale=0.5, example_input=(given,))
+    batch, _ = model.transform(given)
+    side = batch.tensors.shape[-1]
+
+    def boxes(one: Any) -> Tensor:
+        return one.anchor_generator(batch, list(one.backbone(batch.tensors).values()))[0]
+
+    old, new = boxes(model), boxes(small)
+    largest = (old[:, 2] - old[:, 0]).max()
+    torch.testing.assert_close((new[:, 2] - new[:, 0]).max(), 2 * largest)
+    centres = (new[:, 0] + new[:, 2]) / 2
+    assert centres.min() < 0.05 * side and centres.max() > 0.95 * side
+
+
+@pytest.mark.parametrize(
+    "name", some_marked_slow(["fasterrcnn_mobilenet_v3_large_320_fpn", "keypointrcnn_resnet50_fpn"], SMALL_DETECTION)
+)
+def test_detectors_train(name: str) -> None:
+    model, given = detector(name), [images()[0]]
+    targets = [
+        {
+            "boxes": torch.tensor([[10.0, 10.0, 60.0, 70.0], [20.0, 5.0, 100.0, 50.0]]),
+            "labels": torch.tensor([1, 2]),
+            "keypoints": 60 * noise(2, 5, 3),
+        }
+    ]
+    small = rc.compress(model, scale=0.5, example_input=(given,)).train()
+    losses = small(given, targets)
+    assert losses.keys() == model.train()(given, targets).keys()
+    sum(losses.values()).backward()
+    for key, parameter in small.named_parameters():
+        assert not parameter.requires_grad or (parameter.grad is not None and parameter.grad.isfinite().all()), key
+
+
+def test_detectors_are_measured_and_have_a_default_input() -> None:
+    model = detector("fasterrcnn_mobilenet_v3_large_320_fpn")
+    (given,), kwargs = default_args(model)
+    assert [tuple(image.shape) for image in given] == [(3, 128, 128)] and kwargs == {}
+    small = rc.compress(model, scale=0.5)
+    old, new = (
+        rc.measure(m, (given,), batch_sizes=(1,), latency=False, peak_memory=False, training=False).macs
+        for m in (model, small)
+    )
+    assert new < old
