@@ -27,8 +27,8 @@ compared in values; the others, which are too large for that, in shapes on the m
 
 The steps: `scale=0.5` is what `compress(model, scale=0.5)` does; stem_resize, input_resize and patch_resize have
 `scale=0.5`; token_pool a stride of 2 after half of the blocks; token_merge `keep=0.5`; quantize is w8, whose MACs are
-counted before it; it needs values, and is left out (-) on the meta device. A number is the MACs after, one in brackets a refusal for the reason of that number, listed at the
-[end](#reasons).
+counted before it; it needs values, and is left out (-) on the meta device. A number is the MACs after, one in brackets
+a refusal for the reason of that number, listed at the [end](#reasons).
 """
 
 

@@ -38,7 +38,11 @@ class Pair:
 
 @pytest.fixture(scope="module", params=PAIRS, ids=[f"{model}-{step}" for model, step in PAIRS])
 def pair(request: pytest.FixtureRequest) -> Pair:
-    name, kind = request.param
+    return make_pair(*request.param)
+
+
+def make_pair(name: str, kind: str) -> Pair:
+    """Compress a model of the zoo by one step."""
     model = build(name)
     x = image(name)
     with torch.no_grad():

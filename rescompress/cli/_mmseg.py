@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import mmseg
+import mmseg.models
 from mmengine.config import Config
 from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import init_default_scope

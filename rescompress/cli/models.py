@@ -113,12 +113,12 @@ def _provider(source: str, name: str) -> Provider:
 def _optional(library: str, extra: str) -> Provider:
     try:
         importlib.import_module(library)
+        provider: Provider = importlib.import_module(f"rescompress.cli._{library}").load
     except ModuleNotFoundError as error:
         raise InputError(f"{library} is not installed; pip install 'rescompress[{extra}]'") from error
     except ImportError as error:  # mmseg needs OpenCV, and OpenCV a library of the system
         hint = "; on Debian: apt-get install libgl1" if "libGL" in str(error) else ""
         raise InputError(f"{library} cannot be imported: {one_line(error)}{hint}") from error
-    provider: Provider = importlib.import_module(f"rescompress.cli._{library}").load
     return provider
 
 

@@ -16,13 +16,13 @@ from rescompress.families._base import Family, image_of
 
 
 def describe(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ConvAnatomy:
-    """Find the first convolution of the stem.
+    """Find the first convolution of the stem, with its norm: timm fuses the two, and a resize between would be lost.
 
     Raises:
         UnsupportedModelError: the stem is another network.
     """
     height, width = image_of(model, args, kwargs).shape[-2:]
-    fqn = "stem.conv1.linear"
+    fqn = "stem.conv1"
     try:
         conv = surgery.get(model, fqn)
     except UnsupportedModelError as error:

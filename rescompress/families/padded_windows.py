@@ -17,8 +17,9 @@ from rescompress.families._windows import clipped, describe_stem, fix_size, maps
 
 _FIRST_CONVS = {
     "timm.models.davit.DaVit": "stem.conv",
-    "timm.models.tiny_vit.TinyVit": "patch_embed.conv1.conv",
-    "timm.models.efficientvit_msra.EfficientVitMsra": "patch_embed.conv1.conv",
+    # The whole block: timm's own fusing of it with its normalisation would lose a resize inside.
+    "timm.models.tiny_vit.TinyVit": "patch_embed.conv1",
+    "timm.models.efficientvit_msra.EfficientVitMsra": "patch_embed.conv1",
 }
 _TINY = "timm.models.tiny_vit.TinyVitBlock"
 _MSRA = "timm.models.efficientvit_msra.LocalWindowAttention"

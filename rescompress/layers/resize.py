@@ -43,6 +43,8 @@ class Resize2d(nn.Module):
         mode: str = "bilinear",
         antialias: bool = False,
         multiple: int = 1,
+        whole: Optional[Tuple[float, float]] = None,  # noqa: UP006, UP045
+        example: Tuple[int, int] = (0, 0),  # noqa: UP006
     ) -> None:
         super().__init__()
         if (scale is None) == (size is None):
@@ -52,8 +54,8 @@ class Resize2d(nn.Module):
         self.mode = mode
         self.antialias = antialias
         self.multiple = multiple
-        self.whole: Optional[Tuple[float, float]] = None  # noqa: UP006, UP045
-        self.example: Tuple[int, int] = (0, 0)  # noqa: UP006
+        self.whole = whole
+        self.example = example
 
     def target(self, height: int, width: int) -> Tuple[int, int]:  # noqa: UP006
         """Return the (height, width) that a map of this (height, width) is resized to."""

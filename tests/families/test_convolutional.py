@@ -117,6 +117,7 @@ OPTIONS = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:stem_resize.scale=0.5 cannot be reached exactly")
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_stem_convolutions_with_options(options: dict[str, object]) -> None:
     model = nn.Sequential(nn.Conv2d(3, 6, 3, **options), nn.ReLU(), nn.Conv2d(6, 8, 3, 2), nn.AdaptiveAvgPool2d(1))

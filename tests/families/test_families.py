@@ -1,7 +1,10 @@
 """families: what they read off the models, by name and without importing the library."""
 
+import re
 import subprocess
 import sys
+import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +14,8 @@ import rescompress as rc
 from rescompress import families
 from rescompress.anatomy import ConvAnatomy
 from rescompress.families import _base
-from tests.zoo import MODELS, build, image
+from tests import test_invariants
+from tests.zoo import MODELS, Case, build, image
 
 FIRST_CONV = {
     "resnet18": ("resnet", "conv1", (32, 32)),
@@ -102,6 +106,45 @@ def test_a_family_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
     model = Made(nn.Conv2d(3, 3, 1), nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     small = rc.compress(model, scale=0.5, example_input=torch.rand(1, 3, 16, 16))
     assert small._rescompress.anatomy.family == "made" and type(small[1]).__name__ == "ResizedConv2d"
+
+
+INVARIANTS = (
+    test_invariants.test_identity,
+    test_invariants.test_names_survive,
+    test_invariants.test_original_is_untouched,
+    test_invariants.test_works_or_raises,
+    test_invariants.test_cost_falls_as_predicted,
+    test_invariants.test_spec_is_data,
+    test_invariants.test_pickles_and_copies,
+    test_invariants.test_gradients_reach_every_parameter,
+    test_invariants.test_compiles_without_graph_breaks,
+    test_invariants.test_replicates,
+    test_invariants.test_forward_keeps_no_state,
+)
+
+
+@pytest.fixture
+def how_to(monkeypatch: pytest.MonkeyPatch) -> str:
+    """The page on adding a family, its blocks carried out as the script that they are: their line for the zoo."""
+    page = (Path(__file__).parents[2] / "docs" / "how-to" / "add-a-family.md").read_text(encoding="utf-8")
+    script = types.ModuleType("__main__")
+    monkeypatch.setitem(sys.modules, "__main__", script)
+    monkeypatch.setattr(_base, "_registered", [])
+    for block in re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL):
+        exec(block, vars(script))
+    [line] = re.findall(r"^```py\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    for name, case in eval(f"{{{line}}}", {**vars(script), "Case": Case}).items():
+        monkeypatch.setitem(MODELS, name, case)
+    return str(name)
+
+
+@pytest.mark.parametrize("step", ["stem_resize", "input_resize"])
+def test_a_new_family_is_one_file_and_one_line(how_to: str, step: str) -> None:
+    """The how-to is true: with its file and its line every invariant holds for the family that it makes up."""
+    pair = test_invariants.make_pair(how_to, step)
+    assert pair.small._rescompress.anatomy.family == "quilt"
+    for invariant in INVARIANTS:
+        invariant(pair)
 
 
 def test_describing_imports_no_library() -> None:

@@ -222,7 +222,9 @@ def check(name: str, kind: str, size: tuple[int, int]) -> None:
         small = rc.compress(model, scale=0.5, example_input=images[:1])
 
     assert [step.kind for step in rc.spec_of(small)] == [kind]
-    assert 0.2 < count_macs(small, images).macs / count_macs(model, images).macs < 0.35
+    # Segmenter's head attends to 150 class tokens, which stay, beside the 64 patches of so small an image.
+    largest = 0.6 if "segmenter" in name else 0.35
+    assert 0.2 < count_macs(small, images).macs / count_macs(model, images).macs < largest
     with torch.no_grad():
         old, new = leaves(model(images)), leaves(small(images))
     assert [one.shape for one in new] == [one.shape for one in old]

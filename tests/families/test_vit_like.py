@@ -250,3 +250,9 @@ def test_extractors_of_features_are_compressed_too(entry: str) -> None:
         small = rc.compress(model, scale=0.5, example_input=x)
         after = [tuple(maps.shape[-2:]) for maps in small(x)]
     assert all(new <= (old + 1) // 2 for a, b in zip(before, after, strict=True) for old, new in zip(a, b, strict=True))
+
+
+def test_levit_keeps_its_resize_when_timm_fuses_its_norms() -> None:
+    model = copy.deepcopy(compressed("levit"))
+    fused = timm.utils.reparameterize_model(model)
+    assert_close(outputs(fused, image("levit")), outputs(compressed("levit"), image("levit")), rtol=1e-4, atol=1e-4)

@@ -75,6 +75,8 @@ ATTENTIONS: dict[str, type[MergingAttention]] = {
     for name in (
         "vit.modeling_vit.ViTAttention",
         "deit.modeling_deit.DeiTAttention",
+        "ijepa.modeling_ijepa.IJepaAttention",
+        "vit_msn.modeling_vit_msn.ViTMSNAttention",
         "beit.modeling_beit.BeitAttention",
         "dinov2.modeling_dinov2.Dinov2Attention",
         "dinov2_with_registers.modeling_dinov2_with_registers.Dinov2WithRegistersAttention",
@@ -106,6 +108,8 @@ BLOCKS: dict[str, Parts] = {
     for name, parts in {
         "vit.modeling_vit.ViTLayer": _VIT,
         "deit.modeling_deit.DeiTLayer": _VIT,
+        "ijepa.modeling_ijepa.IJepaLayer": _VIT,
+        "vit_msn.modeling_vit_msn.ViTMSNLayer": _VIT,
         "beit.modeling_beit.BeitLayer": _BEIT,
         "dinov2.modeling_dinov2.Dinov2Layer": Parts(attention="attention", **_SCALES),
         "dinov2_with_registers.modeling_dinov2_with_registers.Dinov2WithRegistersLayer": Parts(
