@@ -79,26 +79,6 @@ def _refuse_lost_hooks(fqn: str, old: nn.Module, new: nn.Module) -> None:
             )
 
 
-def insert_after(model: nn.Module, fqn: str, name: str, new: nn.Module) -> None:
-    """Insert `new` under the new name `name` right after `fqn` in its `nn.Sequential`; the siblings keep their names.
-
-    Raises:
-        UnsupportedModelError: the parent is not an `nn.Sequential`, so that the host would not call `new`.
-    """
-    parent_fqn, child_name = split(fqn)
-    parent = get(model, parent_fqn)
-    if not isinstance(parent, nn.Sequential):
-        raise UnsupportedModelError(f"{parent_fqn!r} is a {type(parent).__name__}, not an nn.Sequential")
-    new.train(get(model, fqn).training)
-    children: OrderedDict[str, nn.Module | None] = OrderedDict()
-    for key, child in parent._modules.items():
-        children[key] = child
-        if key == child_name:
-            children[name] = new
-    parent._modules.clear()  # in place: the dict itself may be shared with views of the container
-    parent._modules.update(children)  # type: ignore[arg-type]  # torch types it without None
-
-
 def get_parameter(model: nn.Module, fqn: str) -> Tensor:
     """Return the parameter or buffer called `fqn`."""
     owner, name = split(fqn)

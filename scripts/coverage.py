@@ -84,20 +84,28 @@ def examine(subject: Subject, methods: tuple[str, ...], meta: bool) -> Iterator[
         yield {**row, "method": "build", "outcome": "failed", "detail": _told(error)}
         return
     row |= {"class": type(model).__name__, "family": anatomy.family if anatomy else None, "proof": proof}
+    done: dict[rc.Spec, dict[str, Any]] = {}
     for method in methods:
         start = time.perf_counter()
         result: dict[str, Any] = {**row, "method": method, "macs_before": before}
         if method == "quantize" and proof == "shapes":
             yield {**result, "outcome": "left out", "detail": "it needs values, and the model is on the meta device"}
             continue
+        step = None if method == "default" else step_for(method, anatomy)
+        if step is not None and rc.Spec.of(step) in done:  # it was the default
+            yield {**done[rc.Spec.of(step)], "method": method}
+            continue
         try:
-            if method == "default":
+            if step is None:
                 small = rc.compress(model, scale=0.5, example_input=example)
             else:
-                small = rc.compress(model, step_for(method, anatomy), example_input=example)
+                if anatomy is not None and method != "quantize":  # what is refused at once need not be run
+                    step.apply(clone_shared(model, "meta"), anatomy)
+                small = rc.compress(model, step, example_input=example)
             result |= {"outcome": "works", "detail": small._rescompress.log[0]}
             if method != "quantize":  # MACs are counted before precision steps
                 result["macs_after"] = macs(small, example)
+            done[rc.spec_of(small)] = result
         except rc.RescompressError as error:
             result |= {"outcome": "refused", "detail": str(error)}
         except Exception as error:  # a bug of ours, or a model that cannot run here

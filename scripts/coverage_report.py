@@ -21,9 +21,11 @@ Which method works on which architecture, and the MACs (multiply-accumulates) be
 
     python scripts/coverage.py --write
 
-on {date}, Python {python}, {versions}. Weights are random: the matrix proves that outputs are the original's at zero
-reduction, that the model runs at the reduced size and that cost falls, never accuracy. {values} of {models} models were
-compared in values; the others, which are too large for that, in shapes on the meta device.
+on {date}, Python {python}, {versions}.
+
+Weights are random: the matrix proves that outputs are the original's at zero reduction, that the model runs at the
+reduced size and that cost falls, never accuracy. {values} of {models} models were compared in values; the others, which
+are too large for that, in shapes on the meta device.
 
 The steps: `scale=0.5` is what `compress(model, scale=0.5)` does; stem_resize, input_resize and patch_resize have
 `scale=0.5`; token_pool a stride of 2 after half of the blocks; token_merge `keep=0.5`; quantize is w8, whose MACs are
@@ -126,7 +128,7 @@ class _Reasons:
     def listed(self) -> str:
         """Return all reasons as a list."""
         lines = [
-            f"{number}. {reason} ({self.counts[reason]} times; first: {self.examples[reason]})\n"
+            f"{number}. {reason} ({self.counts[reason]} x, first: {self.examples[reason]})\n"
             for number, reason in enumerate(self.examples, 1)
         ]
         return "".join(lines) or "Nothing was refused.\n"
@@ -137,7 +139,10 @@ def kind_of_reason(row: Row) -> str:
     reason = " ".join(row["detail"].split())
     for name in {row["class"], row["class"].removesuffix("Model")}:
         reason = re.sub(rf"\b(this )?{re.escape(name)}\b", "the model", reason)
-    reason = reason.replace(f"is a {row['family']} network", "is none").replace(f"is a {row['family']}:", "is one:")
+    reason = re.sub(r"\b(a|an|this) the model\b", "the model", reason)
+    # What follows is said of this kind of network; which one it is stands in the row.
+    reason = re.sub(rf"the model is a {re.escape(str(row['family']))}( network)?\b", "the model is another one", reason)
+    reason = reason.partition("; it knows ")[0]  # a list of all that a method knows
     reason = re.sub(r"'[^']*'", "'...'", reason)
     reason = re.sub(r"(?<![\w.=])\d+(\.\d+)?(?![\w])", "N", reason)
     return re.sub(r"\b(\w+)=\(?[\d., ]+\)?", r"\1", reason)

@@ -169,7 +169,7 @@ def test_reasons_that_differ_in_names_and_numbers_only_are_one(tmp_path: Path) -
     ]
     matrix, data = coverage_report.write_matrix(rows, {"timm": "1"}, tmp_path)
     text = matrix.read_text()
-    assert text.count("does not divide") == 1 and "(2 times; first: one, token_pool)" in text
+    assert text.count("does not divide") == 1 and "(2 x, first: one, token_pool)" in text
     assert "| one | resnet | 4 G | 1 G |" in text
     assert json.loads(data.read_text()) == {
         "resnet": {"default": {"works": 2, "of": 2}, "token_pool": {"works": 0, "of": 2}}

@@ -131,7 +131,7 @@ def block_macs(pair: Pair) -> float:
     """Return the MACs of a ViT whose blocks see fewer tokens, from its dimensions alone."""
     anatomy = describe(pair.original, (pair.x,))
     merged = rc.compress(pair.original, pair.step, example_input=pair.x)._rescompress.anatomy.num_patch_tokens
-    width = pair.original.get_submodule(anatomy.patch_conv).out_channels
+    width = getattr(pair.original, "embed_dim", pair.original.get_submodule(anatomy.patch_conv).out_channels)
     block = pair.original.get_submodule(anatomy.blocks[0])
     mlp = sum(
         module.in_features * module.out_features
@@ -149,8 +149,10 @@ def block_macs(pair: Pair) -> float:
     prefix = anatomy.num_prefix_tokens if anatomy.prefix_from_block == 0 else 0
 
     def cost(tokens_in: int, tokens_out: int) -> int:
-        attention = tokens_in * 4 * width**2 + 2 * tokens_in**2 * (width + mixed**2)
-        return batch * (attention + tokens_out * mlp)
+        products = 2 * tokens_in**2 * (width + mixed**2)
+        if hasattr(block, "local_mp"):  # XCiT: attention between the channels of a head, and two convolutions of 3 x 3
+            products = 2 * tokens_in * width * (width // heads + 9)
+        return batch * (tokens_in * 4 * width**2 + products + tokens_out * mlp)
 
     change = 0
     for i in range(len(anatomy.blocks)):
@@ -163,7 +165,9 @@ def block_macs(pair: Pair) -> float:
             change += batch * set_b * (merged[i] - set_b) * (width // heads) if merged[i] > merged[i + 1] else 0
         change += cost(inside, outside) - cost(full + prefix, full + prefix)
     # Behind the blocks, each attention of one query: keys and values of every token that is left.
-    pooled = [getattr(pair.original, "attn_pool", None), *getattr(pair.original, "blocks_token_only", [])]
+    pooled = [getattr(pair.original, "attn_pool", None)]
+    for name in ("blocks_token_only", "cls_attn_blocks"):
+        pooled += getattr(pair.original, name, [])
     lost = full - merged[-1]
     change -= sum(part is not None for part in pooled) * batch * lost * (2 * width * width + 2 * width)
     return count_macs(pair.original, pair.x).macs + change
@@ -271,7 +275,8 @@ def test_replicates(pair: Pair) -> None:
             else:  # replicas hold plain tensors
                 setattr(copies[module], key, parameter.detach().clone())
     with torch.no_grad():
-        torch.testing.assert_close(copies[pair.small](pair.x), pair.small(pair.x), rtol=0, atol=0)
+        # Not bit for bit: matrix products round by where in memory a copy begins.
+        torch.testing.assert_close(copies[pair.small](pair.x), pair.small(pair.x), rtol=1e-5, atol=1e-5)
 
 
 def test_forward_keeps_no_state(pair: Pair) -> None:

@@ -37,19 +37,6 @@ def test_swap_replaces_every_registration_and_keeps_the_mode() -> None:
         surgery.swap(model, "", new)
 
 
-def test_insert_after_keeps_the_siblings_names_and_order() -> None:
-    model = net()
-    keys = list(model.state_dict())
-    surgery.insert_after(model, "b.0", "new", nn.Tanh())
-    assert [name for name, _ in model.b.named_children()] == ["0", "new", "1"]
-    assert list(model.state_dict()) == keys
-    x = torch.rand(2, 3, 5, 5)
-    torch.testing.assert_close(model(x), model.b[2](torch.tanh(model.b[0](model.a(x)))))
-    holder = nn.ModuleDict({"x": nn.ReLU()})
-    with pytest.raises(rc.UnsupportedModelError, match=r"is a ModuleDict, not an nn\.Sequential"):
-        surgery.insert_after(holder, "x", "y", nn.ReLU())
-
-
 def test_a_shared_clone_shares_tensors_and_no_modules() -> None:
     model = net()
     clone = surgery.clone_shared(model)

@@ -38,6 +38,10 @@ def _tv_vit_b_16(side: int) -> nn.Module:
     return torchvision.models.vit_b_16(image_size=side)
 
 
+def _mlp_mixer(side: int) -> nn.Module:
+    return timm.models.MlpMixer(img_size=side, num_blocks=4, embed_dim=96)
+
+
 class Logits(nn.Module):
     """A classifier of transformers that gives its scores alone."""
 
@@ -81,12 +85,11 @@ MODELS: dict[str, Case] = {
     "beit": Case(_timm_vit("beit_base_patch16_224", depth=4, embed_dim=96, num_heads=3), 64, "vit"),
     "relpos": Case(_timm_vit("test_vit_relpos"), 64, "vit"),
     "cait": Case(_timm_vit("cait_xxs24_224", depth=4), 64, "vit"),
-    "mlp_mixer": Case(_timm_vit("gmlp_ti16_224"), 64, "vit"),
-    "xcit": Case(_timm_vit("xcit_nano_12_p8_384", depth=2), 64, "vit"),
+    "mlp_mixer": Case(_mlp_mixer, 64, "vit"),
+    "xcit": Case(_timm_vit("xcit_nano_12_p8_384", depth=4), 64, "vit"),
     "swin": Case(_timm_vit("swin_tiny_patch4_window7_224", depths=(2, 2), num_heads=(3, 6)), 56, "conv"),
-    "maxvit": Case(_timm_vit("test_coatnet"), 64, "conv"),
+    "maxvit": Case(_timm_vit("test_coatnet"), 128, "conv"),
     "hiera": Case(_timm_vit("hiera_tiny_224", stages=(1, 1, 1, 1)), 128, "conv"),
-    "levit": Case(_timm_vit("levit_128s"), 64, "conv"),
 }
 if find_spec("transformers"):
     MODELS["Hugging Face vit"] = Case(_hf_vit, 64, "vit")
@@ -108,7 +111,6 @@ UNSUPPORTED: dict[tuple[str, str], str] = {
     ("mlp_mixer", "token_pool"): "the weights of a mixer are as many as its positions: half-way there cannot be fewer",
     ("mlp_mixer", "token_merge"): "there are no keys of attention by which positions could be told alike",
     ("xcit", "patch_resize"): "several convolutions make the patches: there is no kernel that could be made larger",
-    ("xcit", "token_pool"): "between its blocks the host passes the grid on, and its convolutions look at it",
     ("xcit", "token_merge"): "attention is between channels: no position has a key by which it could be told alike",
 }
 """(kind or name of a model, method): why the two do not go together. Each is refused with a reason."""
@@ -142,7 +144,7 @@ def randomize(model: nn.Module) -> nn.Module:
             if parameter.ndim > 1:
                 fan_in = parameter[0].numel() if "pos_embed" not in name and "token" not in name else 4
                 normal(parameter, 0.0, fan_in**-0.5)
-            elif name.endswith("weight") or "gamma" in name:
+            elif name.endswith(("weight", "scale")) or "gamma" in name:
                 normal(parameter, 0.7, 0.1)  # norms, and LayerScale, which starts at 1e-5 and would hide its block
             else:
                 normal(parameter, 0.0, 0.1)

@@ -66,8 +66,8 @@ class PatchResize(Step):
         conv = surgery.get(model, anatomy.patch_conv)
         if anatomy.conv_stem:
             raise UnsupportedModelError(
-                f"the patches of this {type(model).__name__} are made by a stem of several convolutions, which has no "
-                "kernel that could be made larger; use input_resize"
+                f"patch_resize does not fit this {type(model).__name__}: its patches are made by a stem of several "
+                "convolutions, which has no kernel that could be made larger; use input_resize"
             )
         layout = anatomy.patch_layout
         linear = layout is not None and (type(conv) is nn.Linear or isinstance(conv, PatchLinear))
