@@ -152,6 +152,8 @@ class ViTAnatomy(Anatomy):
         fixed_input: whether the host takes images of one size only
         norm: FQN of the norm that follows the last block; None if there is none
         mean_pooled: whether the head takes the mean over the patch tokens
+        pools_all: whether it reads all tokens in another way: pooling by attention, class attention, mean and maximum,
+            a mean that counts prefix tokens
         dense_tokens: whether something behind the blocks reads the tokens of one or several blocks as maps of the full
             grid (heads of segmentation, spatial mergers): token_pool and token_merge then shorten the sequence inside
             each block only, and every block gives back as many tokens as it got
@@ -176,6 +178,7 @@ class ViTAnatomy(Anatomy):
     pads_image: bool = False
     norm: str | None = None
     mean_pooled: bool = False
+    pools_all: bool = False
     conv_stem: bool = False
     patch_layout: str | None = None
     image_entry: str | None = None

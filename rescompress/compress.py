@@ -1,7 +1,6 @@
 """compress, compress_ and spec_of: carry out a spec on a model, and refuse what cannot be proved harmless."""
 
 import contextlib
-import copy
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_map
 
+from rescompress import surgery
 from rescompress.anatomy import Anatomy, ConvAnatomy, ViTAnatomy
 from rescompress.errors import RescompressWarning, SmallerGridError, SpecError, UnsupportedModelError, one_line
 from rescompress.families import _hf_config, describe
@@ -76,7 +76,7 @@ def compress(
     with torch.inference_mode(False):
         resolved, anatomy, samples = _checked(model, spec, scale, example_input, calibration, few=True)
         try:
-            copied = copy.deepcopy(model)
+            copied = surgery.deep_copy(model)
         except Exception as error:  # whatever a foreign __deepcopy__ raises
             raise UnsupportedModelError(
                 f"this {type(model).__name__} cannot be copied ({one_line(error)}); use compress_, which changes the "

@@ -80,7 +80,7 @@ def fold(model: Model, example_input: Any = None, *, force: bool = False) -> Mod
         UnsupportedModelError: the model does not run on the example input.
     """
     plans = _plan(model, example_input, force)
-    folded = copy.deepcopy(model)
+    folded = surgery.deep_copy(model)
     record = getattr(folded, _RECORD, None)
     for decision, new in plans:
         if new is not None:

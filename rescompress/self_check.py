@@ -4,7 +4,6 @@ Clones share the model's weights. At zero reduction a clone must give the model'
 run, call every module that was put in, cost less, and give outputs of the same kind.
 """
 
-import copy
 import traceback
 import warnings
 from pathlib import Path
@@ -19,10 +18,15 @@ from torch.utils.flop_counter import flop_registry
 from rescompress import surgery
 from rescompress.anatomy import Anatomy, ConvAnatomy, ViTAnatomy
 from rescompress.errors import RescompressWarning, SmallerGridError, SpecError, UnsupportedModelError, one_line
+from rescompress.families._base import image_of
 from rescompress.layers.wrap import RestoredMap
 from rescompress.spec import Samples, Spec, Stage
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+_FIXED_GRID = (
+    "; its positions may be laid out for one grid; describe it by a family: docs/how-to/add-a-family.md (one file)"
+)
 
 
 def self_check(
@@ -40,21 +44,24 @@ def self_check(
         UnsupportedModelError: the outputs at zero reduction differ from the model's own, or the reduced model fails.
     """
     name, kinds, call = type(model).__name__, " + ".join(step.kind for step in spec), (args, kwargs)
+    image = image_of(model, args, kwargs)
+    _refuse_empty_example(image, name)
     given = Samples(call) if samples is None else samples
     visible = _visible_weights(model)
     original = _clone(model, visible)
     reference, cost_before = _run(original, call, "the model itself does not run on its example input")
     if not _tensors(reference):
         raise UnsupportedModelError(f"this {name} returns no tensors that could be compared")
+    _refuse_empty_outputs(reference, name)
 
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", RescompressWarning)
         reduced = _clone(model, visible)
         before = surgery.fingerprint(reduced)
-        apply_steps(reduced, spec, anatomy, given)
+        smaller, _ = apply_steps(reduced, spec, anatomy, given)
     messages = [str(warning.message) for warning in caught if issubclass(warning.category, RescompressWarning)]
     identity = _clone(model, visible)
-    apply_steps(identity, spec.identity(), anatomy, given)
+    unchanged, _ = apply_steps(identity, spec.identity(), anatomy, given)
 
     same, _ = _run(identity, call, f"{kinds} at zero reduction breaks this {name}")
     difference = _difference(reference, same)
@@ -80,13 +87,61 @@ def self_check(
             f"{kinds} would change nothing: the forward of this {name} never calls its module {idle[0]!r}, but reaches "
             "what it does in another way"
         )
-    # A resized side branch, such as one that only predicts a crop, leaves the cost of the network as it was.
-    convolutions = sum(isinstance(module, nn.Conv2d) for module in model.modules())
-    if isinstance(anatomy, ConvAnatomy) and convolutions > 1 and cost_after >= cost_before and resizes:
+    # keep=1.0 is no step of zero reduction by its options, and yet reduces nothing. The cost of a detector hangs on how
+    # many things it finds.
+    counts = not _are_detections(reference)
+    if counts and resizes and smaller != unchanged and cost_after >= cost_before and _has_body(model, anatomy):
+        is_vit = isinstance(anatomy, ViTAnatomy)
+        remedy = "; shorten the sequence in front of blocks that compute on it" if is_vit else ""
         raise UnsupportedModelError(
             f"{kinds} saves nothing in this {name}: {cost_before / 2e6:.2f} MMACs before, {cost_after / 2e6:.2f} after"
+            f"{remedy}"
         )
-    return messages + _compare_kinds(reference, small, kinds, name)
+    return messages + _compare_kinds(reference, small, image.shape[2:], kinds, name)
+
+
+def _refuse_empty_example(image: Tensor, name: str) -> None:
+    """Raise where an example can prove nothing: whatever a model does to NaN or to no image, the outcome is the same.
+
+    Raises:
+        UnsupportedModelError: the batch is empty, or holds no finite value.
+    """
+    if image.numel() == 0:
+        raise UnsupportedModelError(
+            f"the example input of this {name} holds no image: its shape is {tuple(image.shape)}, so nothing can be "
+            "proved with it; give an example_input of one image or more"
+        )
+    if not image.is_meta and not bool(image.isfinite().any()):
+        raise UnsupportedModelError(
+            f"the example input of this {name} holds no finite value, so nothing can be proved with it; give an "
+            "example_input like real images, such as torch.rand"
+        )
+
+
+def _refuse_empty_outputs(reference: Any, name: str) -> None:
+    """Raise where the model's own outputs can prove nothing.
+
+    Raises:
+        UnsupportedModelError: one of them holds no finite value.
+    """
+    for index, output in enumerate(_tensors(reference)):
+        if not output.is_meta and output.numel() > 0 and not bool(output.isfinite().any()):
+            raise UnsupportedModelError(
+                f"output {index} of this {name}, of shape {tuple(output.shape)}, holds no finite value for the example "
+                "input, so nothing can be proved with it; give an example_input like real images, and see that the "
+                "weights are finite and do not overflow their type"
+            )
+
+
+def _has_body(model: nn.Module, anatomy: Anatomy) -> bool:
+    """Whether the model computes on the grid, so that a smaller one must cost less.
+
+    A resized side branch, such as one that only predicts a crop, leaves the cost of the network as it was, and so does
+    a pooling behind the last block; a single convolution has nothing behind it.
+    """
+    if isinstance(anatomy, ConvAnatomy):
+        return sum(isinstance(module, nn.Conv2d) for module in model.modules()) > 1
+    return isinstance(anatomy, ViTAnatomy)
 
 
 def apply_steps(
@@ -176,7 +231,8 @@ def _run(
     except Exception as error:  # the host's own code runs here and may raise anything
         shapes = [tuple(leaf.shape) for leaf in tree_leaves(call) if isinstance(leaf, Tensor)]
         reason = one_line(error) if str(error).strip() else _where(error)
-        raise kind(f"{failing} (inputs {shapes}): {type(error).__name__}: {reason}") from error
+        remedy = _FIXED_GRID if kind is SmallerGridError else ""
+        raise kind(f"{failing} (inputs {shapes}): {type(error).__name__}: {reason}{remedy}") from error
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
     return outputs, counter.flops
@@ -184,7 +240,10 @@ def _run(
 
 def _where(error: BaseException) -> str:
     """Return the line of the host's code that raised, for errors without a message."""
-    frame = traceback.extract_tb(error.__traceback__)[-1]
+    frames = traceback.extract_tb(error.__traceback__)
+    library = Path(torch.__file__).parent  # torch._assert raises in its own file: the host's line is the one above
+    hosts = [frame for frame in frames[1:] if library not in Path(frame.filename).parents]
+    frame = (hosts or frames)[-1]
     return f"{frame.line} ({Path(frame.filename).name}, line {frame.lineno})"
 
 
@@ -213,7 +272,8 @@ def _difference_in_double(model: nn.Module, identity: Spec, anatomy: Anatomy, ca
         return leaf.double() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
 
     failing = f"this {type(model).__name__} does not run in double precision"
-    clone = copy.deepcopy(model).double()  # a copy: double() of a shared clone would convert the model's own weights
+    # A copy: double() of a shared clone would convert the model's own weights.
+    clone = surgery.deep_copy(model).double()
     reference, _ = _run(clone, tree_map(double, call), failing)
     apply_steps(clone, identity, anatomy, Samples(tree_map(double, call)))
     return _difference(reference, _run(clone, tree_map(double, call), failing)[0])
@@ -263,13 +323,17 @@ def _are_detections(outputs: Any) -> bool:
     return all(None not in found and len(set(found)) == 1 and found[0] for found in rows)
 
 
-def _compare_kinds(reference: Any, small: Any, kinds: str, name: str) -> list[str]:
+def _compare_kinds(reference: Any, small: Any, image: torch.Size, kinds: str, name: str) -> list[str]:
     """Return what to warn of in the reduced model's outputs; grids and sequences may be shorter, nothing else.
+
+    A map of the size of the image (`image`, its height and width) predicts for every pixel, and keeps its size.
 
     Raises:
         UnsupportedModelError: they are no replacement for the original's.
     """
     old, new = _tensors(reference), _tensors(small)
+    # Features at several scales are no predictions, even where the first still have the image's size.
+    pyramid = len({tensor.shape[2:] for tensor in old if tensor.ndim == 4}) > 1
     any_number = _are_detections(reference) and _are_detections(small)
     problem, messages = None, []
     if len(old) != len(new):
@@ -280,6 +344,12 @@ def _compare_kinds(reference: Any, small: Any, kinds: str, name: str) -> list[st
             alike = a.shape[1:] == b.shape[1:]
         if not alike:
             problem = f"shape {tuple(b.shape)} instead of {tuple(a.shape)}"
+        elif a.shape != b.shape and a.shape[2:] == image and not pyramid and not any_number:
+            problem = (
+                f"shape {tuple(b.shape)} instead of {tuple(a.shape)}, which predicts for every pixel of the image. "
+                "Name the module whose map must come back at its old size in the anatomy of a family (its `restored`, "
+                "see docs/how-to/add-a-family.md), or compress the part of the network in front of that prediction"
+            )
         elif a.shape != b.shape and not any_number:
             messages.append(f"{kinds}: an output has shape {tuple(b.shape)} instead of {tuple(a.shape)}")
         elif not a.is_meta and a.is_floating_point() and bool(a.isfinite().all()) and not bool(b.isfinite().all()):

@@ -2,8 +2,8 @@
 
 import copy
 from collections import OrderedDict
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,11 @@ from rescompress.errors import UnsupportedModelError
 from rescompress.layers.positions import TableLoader, resample_table
 from rescompress.layers.resize import ResizedConv2d
 from rescompress.layers.wrap import ResizedModule, RestoredMap
+
+Model = TypeVar("Model", bound=nn.Module)
+
+_CACHE = "attention_bias_cache"
+"""Where attentions of timm keep what they have gathered from their table of biases in evaluation mode, by device."""
 
 
 def get(model: nn.Module, fqn: str) -> nn.Module:
@@ -116,9 +121,7 @@ def keep_loading(model: nn.Module, fqn: str, layout: str, old: Grid, new: Grid, 
     get(model, owner).register_load_state_dict_pre_hook(TableLoader(name, layout, old, new, extra))
 
 
-def restore_map(
-    model: nn.Module, fqn: str, old: Grid, new: Grid, size: Grid | None = None, multiple: int = 1
-) -> None:
+def restore_map(model: nn.Module, fqn: str, old: Grid, new: Grid, size: Grid | None = None, multiple: int = 1) -> None:
     """Bring the map that leaves the module `fqn` back to its size from before the grid went from `old` to `new`.
 
     `size` is the size of that map with the example, where it is known; `multiple` is what grids are rounded to.
@@ -134,6 +137,44 @@ def set_attribute(model: nn.Module, fqn: str, value: object) -> None:
     """Set a plain attribute of a module by its FQN."""
     owner, name = split(fqn)
     setattr(get(model, owner), name, value)
+
+
+def deep_copy(model: Model, memo: dict[int, Any] | None = None) -> Model:
+    """Copy a model as `copy.deepcopy` does, but without what a forward with gradients has left in plain attributes.
+
+    Tensors that hang on a graph cannot be copied. A copy has them detached, and caches of attention biases empty: it
+    gathers its own. Weights that a hook computes before each forward (the old weight_norm, prune) are left as they
+    are, so that copying such a model still fails.
+    """
+    memo = {} if memo is None else memo
+    for module in model.modules():
+        cache = vars(module).get(_CACHE)
+        if isinstance(cache, dict):
+            memo[id(cache)] = {}
+        if not module._forward_pre_hooks:
+            plain = {name: value for name, value in vars(module).items() if name not in _OWN}
+            memo.update((id(tensor), tensor.detach().clone()) for tensor in _on_graph(plain) if id(tensor) not in memo)
+    return copy.deepcopy(model, memo)
+
+
+_OWN = ("_parameters", "_buffers", "_modules")
+"""Where torch keeps what a module registers."""
+
+
+def _on_graph(value: object, depth: int = 3) -> Iterator[Tensor]:
+    """Yield the tensors with a graph behind them in an attribute, or in dicts and lists that it holds."""
+    if isinstance(value, Tensor):
+        if not value.is_leaf:
+            yield value
+    elif depth and isinstance(value, dict | list | tuple):
+        for one in value.values() if isinstance(value, dict) else value:
+            yield from _on_graph(one, depth - 1)
+
+
+def forget_bias(module: nn.Module, *args: object) -> None:
+    """Drop the biases that an attention has gathered from its table; a state-dict hook too, as the table changes."""
+    if _CACHE in vars(module):
+        setattr(module, _CACHE, {})
 
 
 def clone_shared(
@@ -155,7 +196,7 @@ def clone_shared(
     if device is not None:
         for buffer in model.buffers():
             memo[id(buffer)] = buffer.detach().to(device)
-    return copy.deepcopy(model, memo)
+    return deep_copy(model, memo)
 
 
 def output_grid(conv: nn.Module, grid: Grid) -> Grid:

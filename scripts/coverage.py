@@ -113,11 +113,19 @@ def examine(subject: Subject, methods: tuple[str, ...], meta: bool) -> Iterator[
         yield {**result, "seconds": round(time.perf_counter() - start, 1)}
 
 
+def built_on_meta(subject: Subject) -> nn.Module:
+    """Build a model on the meta device; one whose constructor computes with values (RegNet) goes there afterwards."""
+    try:
+        with torch.device("meta"):
+            return subject.build()
+    except NotImplementedError:
+        return subject.build().to("meta")
+
+
 def prepared(subject: Subject, meta: bool) -> tuple[nn.Module, Any, str]:
     """Build a model, and say what can be proved of it: "values", or "shapes" on the meta device where it is large."""
     if meta or subject.library != "mmseg":  # mmseg's own initialisation looks at values
-        with torch.device("meta"):
-            model = subject.build()
+        model = built_on_meta(subject)
         parameters = sum(p.numel() for p in model.parameters())
         try:
             example = subject.example(model)

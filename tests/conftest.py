@@ -1,7 +1,12 @@
 """What tests of every folder may ask for: one thread, a seed."""
 
+import os
+
 import pytest
 import torch
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # the workers share the cores
 
 
 @pytest.fixture(scope="module")

@@ -104,7 +104,7 @@ def test_going_on_from_a_compressed_model() -> None:
 
 def test_the_same_place_is_taken_once() -> None:
     small = rc.compress(small_cnn(), rc.StemResize(scale=0.5), example_input=torch.rand(1, 3, 32, 32))
-    with pytest.raises(rc.UnsupportedModelError, match="resized already"):
+    with pytest.raises(rc.UnsupportedModelError, match=r"resized already.* compress the original model with"):
         rc.compress(small, rc.StemResize(scale=0.5), example_input=torch.rand(1, 3, 32, 32))
 
 
@@ -472,3 +472,57 @@ def test_dense_outputs_that_shrink_are_said() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3, 2, 1), nn.Conv2d(4, 4, 3, 1, 1))
     with pytest.warns(rc.RescompressWarning, match=r"an output has shape \(1, 4, 8, 8\) instead of \(1, 4, 16, 16\)"):
         rc.compress(model, scale=0.5, example_input=torch.rand(1, 3, 32, 32))
+
+
+@pytest.mark.parametrize(
+    ("example", "message"),
+    [
+        (torch.full((1, 3, 64, 64), float("nan")), "example input of this .* holds no finite value"),
+        (torch.rand(0, 3, 64, 64), r"example input of this .* holds no image: its shape is \(0, 3, 64, 64\)"),
+    ],
+)
+def test_examples_that_prove_nothing_are_refused(example: Tensor, message: str) -> None:
+    for model in (build("test_vit"), small_cnn()):
+        with pytest.raises(rc.UnsupportedModelError, match=message):
+            rc.compress(model, scale=0.5, example_input=example)
+
+
+def test_outputs_that_prove_nothing_are_refused() -> None:
+    model = small_cnn()
+    model[0].weight.data.fill_(float("nan"))
+    with pytest.raises(rc.UnsupportedModelError, match=r"output 0 of this Sequential, .* holds no finite value"):
+        rc.compress(model, scale=0.5, example_input=torch.rand(1, 3, 32, 32))
+
+
+def test_pooling_behind_the_last_block_saves_nothing() -> None:
+    """A head that reads the class token alone would give the very same outputs at the very same cost."""
+    model = build("test_vit")
+    with pytest.raises(rc.UnsupportedModelError, match=r"token_pool saves nothing .*in front of blocks that compute"):
+        rc.compress(model, rc.TokenPool(after_block=-1, stride=2), example_input=image("test_vit"))
+    same = rc.compress(model, rc.TokenPool(after_block=-1, stride=1), example_input=image("test_vit"))
+    torch.testing.assert_close(same(image("test_vit")), model(image("test_vit")))
+
+
+def test_errors_of_the_smaller_grid_name_the_place_and_the_remedy() -> None:
+    class Asserting(Fixed):
+        def forward(self, x: Tensor) -> Tensor:
+            torch._assert(self.conv(x).shape[2] == 8, "")
+            return super().forward(x)
+
+    with pytest.raises(rc.UnsupportedModelError, match=r"mat1 and mat2 .*add-a-family\.md"):
+        rc.compress(Fixed(), scale=0.5, example_input=torch.rand(1, 3, 16, 16))
+    with pytest.raises(rc.UnsupportedModelError, match=r"torch\._assert\(.*\(test_compress\.py, line"):
+        rc.compress(Asserting(), scale=0.5, example_input=torch.rand(1, 3, 16, 16))
+
+
+def test_videos_are_said_to_be_unsupported() -> None:
+    with pytest.raises(rc.UnsupportedModelError, match=r"takes \(1, 4, 3, 32, 32\): videos .* are not supported"):
+        rc.compress(small_cnn(), scale=0.5, example_input=torch.rand(1, 4, 3, 32, 32))
+
+
+def test_quantized_resnets_are_told_from_float_ones() -> None:
+    model = torchvision.models.quantization.resnet18(quantize=False)
+    quantized = type("ConvReLU2d", (nn.Module,), {"__module__": "torch.ao.nn.intrinsic.quantized"})
+    model.conv1 = quantized()  # as quantize=True leaves it, which needs an engine that not every machine has
+    with pytest.raises(rc.UnsupportedModelError, match=r"is quantized already: .* compress the float model"):
+        rc.compress(model, scale=0.5)

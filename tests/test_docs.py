@@ -61,6 +61,11 @@ def main_module(monkeypatch: pytest.MonkeyPatch) -> Iterator[types.ModuleType]:
 def test_python_blocks_run(
     page: Path, main_module: types.ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if page.stem == "mmseg":
+        try:
+            import mmseg  # noqa: F401
+        except ImportError as missing:  # OpenCV without the system's libGL raises it, too
+            pytest.skip(f"mmseg cannot be imported: {missing}")
     monkeypatch.chdir(tmp_path)
     if page.parent.name == "explanation":
         exec(EXPLAINED, vars(main_module))

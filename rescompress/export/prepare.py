@@ -1,6 +1,5 @@
 """What every format starts from: the model frozen, folded and fused, its own outputs, and the header of the file."""
 
-import copy
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_map
 
+from rescompress import surgery
 from rescompress.errors import ExportError, did_you_mean
 from rescompress.export import describe
 from rescompress.export.bundle import header_text
@@ -119,7 +119,7 @@ def _frozen_view(model: nn.Module) -> nn.Module:
     memo: dict[int, Any] = {id(old): nn.Parameter(old.detach(), requires_grad=False) for old in model.parameters()}
     memo |= {id(buffer): buffer for buffer in model.buffers()}
     try:
-        return copy.deepcopy(model, memo).eval()
+        return surgery.deep_copy(model, memo).eval()
     except Exception as error:  # foreign classes decide how they are copied
         raise ExportError(f"{type(model).__name__} cannot be copied: {reason(error)}") from error
 

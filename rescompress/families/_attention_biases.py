@@ -4,7 +4,7 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rescompress import surgery
 from rescompress.anatomy import ConvAnatomy, Grid
@@ -48,8 +48,8 @@ def _refit_attention(host: Any, fqn: str, module: Any, stem: Grid, new_stem: Gri
     surgery.set_parameter(host, f"{fqn}.attention_bias_idxs", indices)
     if "attention_bias_idxs" not in module._non_persistent_buffers_set:
         surgery.keep_loading(host, f"{fqn}.attention_bias_idxs", "computed", old, new)
-    module.attention_bias_cache = {}
-    module.register_load_state_dict_pre_hook(forget_bias)
+    surgery.forget_bias(module)
+    module.register_load_state_dict_pre_hook(surgery.forget_bias)
 
 
 def _resolution(module: Any) -> Grid:
@@ -77,15 +77,3 @@ def distance_indices(grid: Grid, stride: int = 1) -> Tensor:
     queries = torch.stack(torch.meshgrid(rows[::stride], columns[::stride], indexing="ij")).flatten(1)
     apart = (queries[:, :, None] - keys[:, None, :]).abs()
     return apart[0] * grid[1] + apart[1]
-
-
-def forget_bias(module: Any, *args: object) -> None:
-    """State-dict hook: drop the biases that an attention has gathered from its table, which is about to change."""
-    module.attention_bias_cache = {}
-
-
-def forget_biases(model: nn.Module) -> None:
-    """Drop what attentions have gathered from their tables; it hangs on a graph, with which no model can be copied."""
-    for module in model.modules():
-        if getattr(module, "attention_bias_cache", None):
-            forget_bias(module)

@@ -2,6 +2,7 @@
 
 import importlib
 import pkgutil
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
@@ -13,8 +14,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from rescompress import surgery
-from rescompress.anatomy import Anatomy, inside
-from rescompress.errors import UnsupportedModelError, one_line
+from rescompress.anatomy import Anatomy, ConvAnatomy, inside
+from rescompress.errors import RescompressWarning, UnsupportedModelError, one_line
 
 Describe = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Anatomy]
 
@@ -61,6 +62,12 @@ def image_of(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     for leaf in leaves:  # detectors take a list of images of any size
         if leaf.ndim == 3 and leaf.shape[0] in (1, 3, 4):
             return leaf[None]
+    for leaf in leaves:
+        if leaf.ndim == 5:
+            raise UnsupportedModelError(
+                f"this {type(model).__name__} takes {tuple(leaf.shape)}: videos (and other inputs of five dimensions) "
+                "are not supported; compress the network inside that takes single images (B, C, H, W) by itself"
+            )
     raise UnsupportedModelError(
         f"the example input of this {type(model).__name__} holds no batch of images (B, C, H, W); give one as "
         "example_input, a tensor or a tuple of arguments"
@@ -117,12 +124,15 @@ def describe_parts(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
     Raises:
         UnsupportedModelError: no family knows a part of it; the message says why the fallback could not either.
     """
-    found = _host_inside(model, args, kwargs)
-    if found is not None:
-        fqn, family, inner_args, inner_kwargs = found
-        anatomy = inside(family.describe(surgery.get(model, fqn), inner_args, inner_kwargs), fqn)
-        image = image_of(model, args, kwargs)
-        return replace(anatomy, input_size=(int(image.shape[-2]), int(image.shape[-1])))
+    found = _hosts_inside(model, args, kwargs)
+    if found:
+        first, *others = found
+        known = first.family.describe(surgery.get(model, first.fqn), first.args, first.kwargs)
+        # Where the forward of plain convolutions is bypassed, the fallback sees more: what is made of their maps.
+        if not (first.bypassed and isinstance(known, ConvAnatomy) and known.refit is None):
+            _warn_of_others(model, first, others)
+            image = image_of(model, args, kwargs)
+            return replace(inside(known, first.fqn), input_size=(int(image.shape[-2]), int(image.shape[-1])))
     for fallback in families():
         if not fallback.hosts:
             return fallback.describe(model, args, kwargs)
@@ -131,11 +141,35 @@ def describe_parts(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
     )
 
 
-Found = tuple[str, Family, tuple[Any, ...], dict[str, Any]]
+@dataclass(frozen=True)
+class Found:
+    """A module of a known family that a model calls.
+
+    Attributes:
+        args: positional and, in `kwargs`, keyword arguments that its forward gets; the image alone where it is bypassed
+        bypassed: whether the model calls parts of it and not its forward (`self.vit.forward_features(x)`)
+    """
+
+    fqn: str
+    family: Family
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    bypassed: bool
 
 
-def _host_inside(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Found | None:
-    """Return the first module of a known family that a model calls, outermost first, and what it is called with."""
+def _warn_of_others(model: nn.Module, first: Found, others: list[Found]) -> None:
+    if others:
+        names = ", ".join(repr(other.fqn) for other in others)
+        warnings.warn(
+            f"this {type(model).__name__} calls {len(others) + 1} known networks and only {first.fqn!r} is compressed; "
+            f"compress by itself and put back what stays as it is: {names}",
+            RescompressWarning,
+            stacklevel=7,  # who calls compress
+        )
+
+
+def _hosts_inside(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Found]:
+    """Return the modules of known families that a model calls with maps, outermost ones only, in the order of calls."""
     hosts: dict[str, Family] = {}
     for fqn, module in model.named_modules():
         inner = fqn and not any(fqn.startswith(f"{outer}.") for outer in hosts)
@@ -143,20 +177,38 @@ def _host_inside(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
         if family is not None:
             hosts[fqn] = family
     if not hosts:
-        return None
-    called: list[Found] = []
+        return []
+    called: dict[str, Found] = {}
 
     def watch(clone: nn.Module, image: Tensor) -> None:
         called.clear()
         for fqn, family in hosts.items():
-            # Hooks on the clone only: it is thrown away.
-            surgery.get(clone, fqn).register_forward_pre_hook(
-                lambda _, given, named, fqn=fqn, family=family: called.append((fqn, family, given, named)),
-                with_kwargs=True,
-            )
+            for name in _way_to_stem(fqn, surgery.get(clone, fqn)):
+                # Hooks on the clone only: it is thrown away. The outermost module is the first to be called.
+                hook = _recorder(called, fqn, family, name)
+                surgery.get(clone, name).register_forward_pre_hook(hook, with_kwargs=True)
 
     probe(model, args, kwargs, watch)
-    return called[0] if called else None
+    return list(called.values())
+
+
+def _recorder(called: dict[str, Found], fqn: str, family: Family, name: str) -> Callable[..., None]:
+    def record(_: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
+        if name == fqn:
+            called.setdefault(fqn, Found(fqn, family, given, named, bypassed=False))
+            return
+        maps = [leaf for leaf in tree_leaves((given, named)) if isinstance(leaf, Tensor) and leaf.ndim == 4]
+        if maps:
+            called.setdefault(fqn, Found(fqn, family, (maps[0],), {}, bypassed=True))
+
+    return record
+
+
+def _way_to_stem(fqn: str, host: nn.Module) -> list[str]:
+    """Return the names of a host, of its first convolution and of the modules between, the outermost first."""
+    first = next((name for name, module in host.named_modules() if isinstance(module, nn.Conv2d)), "")
+    parts = first.split(".") if first else []
+    return [fqn, *(f"{fqn}.{'.'.join(parts[: end + 1])}" for end in range(len(parts)))]
 
 
 def probe(

@@ -145,9 +145,12 @@ class Restored:
     fqn: str
     size: Grid
 
-    def map(self, made: Any) -> Any:
-        """Return an empty map of the old size in place of the one that the module made."""
-        return made.new_empty((*made.shape[:2], *self.size)) if isinstance(made, Tensor) else made
+    def map(self, made: Any, sizes: list[Grid]) -> Any:
+        """Return an empty map of the old size in place of the one that the module made, whose size joins `sizes`."""
+        if not isinstance(made, Tensor) or made.ndim != 4:
+            return made
+        sizes.append((int(made.shape[2]), int(made.shape[3])))
+        return made.new_empty((*made.shape[:2], *self.size))
 
 
 class Trial:
@@ -165,21 +168,23 @@ class Trial:
         self._args, self._kwargs = _moved(call, "meta")
         self._clone = surgery.clone_shared(model, "meta").eval()
         self._sides = grid
+        self._made: list[Grid] = []
         # Hooks on the clone only: it is thrown away.
         surgery.get(self._clone, stem).register_forward_hook(
             lambda _, given, made: made[..., : self._sides[0], : self._sides[1]]
         )
 
-    def outputs(self, sides: Grid, restored: "Restored | None" = None) -> Any:
+    def outputs(self, sides: Grid, restored: tuple[Restored, ...] = ()) -> Any:
         """Return what comes out for a map of these sides; None where they do not fit the network.
 
-        With `restored`, the map of that module comes back at its old size.
+        The maps of the modules in `restored` come back at their old sizes.
         """
         self._sides = sides
+        self._made.clear()
         handles = []
-        if restored is not None:
-            module = surgery.get(self._clone, restored.fqn)
-            handles.append(module.register_forward_hook(lambda _, given, made: restored.map(made)))
+        for one in restored:
+            module = surgery.get(self._clone, one.fqn)
+            handles.append(module.register_forward_hook(lambda _, given, made, one=one: one.map(made, self._made)))
         try:
             with torch.no_grad():
                 return self._clone(*self._args, **self._kwargs)
@@ -189,7 +194,7 @@ class Trial:
             for handle in handles:
                 handle.remove()
 
-    def multiple(self, restored: "Restored | None" = None) -> int | None:
+    def multiple(self, restored: tuple[Restored, ...] = ()) -> int | None:
         """Return the smallest power of two whose multiples the network takes as sides of the map; None without any.
 
         Where maps of other strides meet again (HRNet, DLA, U-Nets), only multiples of the largest stride fit.
@@ -207,6 +212,25 @@ class Trial:
                 return multiple if below and self.outputs((below, below), restored) is not None else None
             smallest_failed = min([smallest_failed, *(pair[0] for pair in failed)])
         return None
+
+    def stride(self, multiple: int, restored: tuple[Restored, ...]) -> int:
+        """Return the smallest power of two from `multiple` on whose multiples keep the scale of the restored maps.
+
+        A stride of 2 makes 8 of 15 positions, and a transposed one 16: such a map does not tell that it was of 15.
+        """
+        for stride in MULTIPLES:
+            if any(side % stride for side in self.grid):
+                break  # the sides of the example itself must stay possible
+            sides = {*(count * stride for count in self._odd_counts(stride)), min(self.grid)}
+            if stride < multiple or len(sides) < 2:
+                continue
+            scales = set()
+            for side in sides:
+                fits = self.outputs((side, side), restored) is not None
+                scales.add(tuple((rows / side, columns / side) for rows, columns in self._made) if fits else None)
+            if len(scales) == 1 and None not in scales:
+                return stride
+        return multiple
 
     def half(self, multiple: int) -> Grid:
         """Return sides of about half the map that are multiples."""

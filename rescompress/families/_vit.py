@@ -11,6 +11,7 @@ from rescompress import surgery
 from rescompress.anatomy import Grid, GridAttribute, cells
 from rescompress.errors import UnsupportedModelError
 from rescompress.families._base import class_names
+from rescompress.families._timm import sequence
 from rescompress.layers.rotary import SpacedRotary
 
 PATCH_EMBED = "timm.layers.patch_embed.PatchEmbed"
@@ -25,13 +26,6 @@ _INDEXED = {
 def pair(sides: tuple[int, ...]) -> Grid:
     """Return (height, width) of a kernel."""
     return (sides[0], sides[1])
-
-
-def sequence(fqn: str, blocks: nn.Module, grid: Grid) -> dict[str, Any]:
-    """Return the fields of a ViTAnatomy that say which blocks there are and what enters them."""
-    names = tuple(f"{fqn}.{name}" for name, _ in blocks.named_children())
-    places = len(names) + 1
-    return {"blocks": names, "grids": (grid,) * places, "num_patch_tokens": (grid[0] * grid[1],) * places}
 
 
 def patch_embedding(model: Any, input_size: Grid) -> dict[str, Any]:

@@ -1,11 +1,13 @@
-"""Networks of timm's ByobNet with attention among their blocks: BoTNet, HaloNet, lambda networks.
+"""Networks of timm's ByobNet with attention among their blocks: BoTNet, HaloNet, lambda networks, BAT.
 
 Srinivas et al., "Bottleneck Transformers", https://arxiv.org/abs/2101.11605; Vaswani et al., "Scaling Local
 Self-Attention for Parameter Efficient Visual Backbones", https://arxiv.org/abs/2103.12731; Bello, "LambdaNetworks",
-https://arxiv.org/abs/2102.08602
+https://arxiv.org/abs/2102.08602; Chi et al., "Non-Local Neural Networks with Grouped Bilinear Attentional Transforms",
+CVPR 2020
 """
 
 import dataclasses
+import math
 from typing import Any
 
 import torch
@@ -13,6 +15,7 @@ from torch import Tensor, nn
 
 from rescompress import surgery
 from rescompress.anatomy import ConvAnatomy, Grid
+from rescompress.errors import SmallerGridError
 from rescompress.families import convolutional
 from rescompress.families._base import Family, class_names
 from rescompress.families._windows import dividing, maps_at, named
@@ -21,10 +24,13 @@ BOTTLENECK = "timm.layers.bottleneck_attn.BottleneckAttn"
 HALO = "timm.layers.halo_attn.HaloAttn"
 LAMBDA = "timm.layers.lambda_layer.LambdaLayer"
 
+BILINEAR = "timm.layers.non_local_attn.BilinearAttnTransform"
+KINDS = (BOTTLENECK, HALO, LAMBDA, BILINEAR)
+
 
 def knows(model: nn.Module) -> bool:
     """Whether there is attention among its blocks; if not, it is a convolutional network like any other."""
-    return bool(named(model, BOTTLENECK, HALO, LAMBDA))
+    return bool(named(model, *KINDS))
 
 
 def describe(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ConvAnatomy:
@@ -35,7 +41,9 @@ def describe(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
 
 
 def _output(attention: Any, x: Tensor) -> Tensor:
-    """Stand for any of the three: values keep their map, then queries of stride 2 or a pooling shrink it."""
+    """Stand for any of them: values keep their map, then queries of stride 2 or a pooling may shrink it."""
+    if BILINEAR in class_names(attention):
+        return x
     channels = attention.num_heads * (attention.dim_v if LAMBDA in class_names(attention) else attention.dim_head_v)
     stride = getattr(attention, "block_stride", 1)
     made: Tensor = attention.pool(x.new_empty((x.shape[0], channels, x.shape[2] // stride, x.shape[3] // stride)))
@@ -48,13 +56,15 @@ def refit(host: nn.Module, anatomy: ConvAnatomy, grid: Grid) -> None:
     Raises:
         SmallerGridError: a map has no divisor near the blocks of local attention.
     """
-    kinds = dict.fromkeys((BOTTLENECK, HALO, LAMBDA), _output)
+    kinds = dict.fromkeys(KINDS, _output)
     for fqn, side in maps_at(host, anatomy, grid, kinds).items():
         attention: Any = surgery.get(host, fqn)
         if BOTTLENECK in class_names(attention):
             _resize_bottleneck(host, fqn, attention, side)
         elif HALO in class_names(attention):
             _resize_halo(host, fqn, attention, side)
+        elif BILINEAR in class_names(attention):
+            _resize_bilinear(host, fqn, attention, side)
         elif attention.pos_emb is not None:  # with a local convolution for positions, any size fits
             surgery.resample(host, f"{fqn}.pos_emb", "map_last", _distances(attention.feat_size), _distances(side))
             attention.feat_size = side
@@ -76,9 +86,7 @@ def _resize_bottleneck(host: nn.Module, fqn: str, attention: Any, side: Grid) ->
 
 def _resize_halo(host: nn.Module, fqn: str, attention: Any, side: Grid) -> None:
     before = int(attention.block_size)
-    block = dividing((before, before), side, fqn)
-    # One square block for both axes: the nearest that divides both.
-    size = block[0] if block[0] == block[1] else dividing((min(block), min(block)), side, fqn)[0]
+    size = _block_size(before, side, fqn)
     if size == before:
         return
     attention.halo_size = max(1, round(attention.halo_size * size / before))
@@ -87,6 +95,31 @@ def _resize_halo(host: nn.Module, fqn: str, attention: Any, side: Grid) -> None:
     attention.pos_embed.block_size = attention.block_size_ds
     for name in ("height_rel", "width_rel"):
         _resize_line(host, f"{fqn}.pos_embed.{name}", 2 * attention.win_size - 1)
+
+
+def _resize_bilinear(host: nn.Module, fqn: str, attention: Any, side: Grid) -> None:
+    """Resample what scores rows, or columns, of a map cut into block_size parts a side."""
+    before, groups = int(attention.block_size), int(attention.groups)
+    size = _block_size(before, side, fqn)
+    if size == before:
+        return
+    for name, kernel in (("conv_p", (size, 1)), ("conv_q", (1, size))):
+        for tensor in ("weight", "bias"):
+            surgery.resample(host, f"{fqn}.{name}.{tensor}", "mixing", (before, before), (size, size), groups)
+        conv = getattr(attention, name)
+        conv.kernel_size, conv.out_channels = kernel, groups * size * size
+    attention.block_size = size
+
+
+def _block_size(before: int, side: Grid, what: str) -> int:
+    """Return the block nearest to the one from before that divides both sides of a map; blocks are square."""
+    common = math.gcd(*side)
+    if 2 * common < before and common < min(side):
+        raise SmallerGridError(
+            f"{what} has square blocks of {before} positions a side, and none near it divides both sides of its map of "
+            f"{side[0]} x {side[1]}"
+        )
+    return dividing((before, before), (common, common), what)[0]
 
 
 def _resize_line(host: nn.Module, name: str, distances: int) -> None:
@@ -103,7 +136,7 @@ def _lambda_index(side: Grid) -> Tensor:
 
 FAMILY = Family(
     name="byobnet",
-    summary="timm's ByobNet with attention among its blocks (BoTNet, HaloNet, lambda networks)",
+    summary="timm's ByobNet with attention among its blocks (BoTNet, HaloNet, lambda networks, BAT)",
     methods=("stem_resize", "input_resize", "quantize"),
     hosts=("timm.models.byobnet.ByobNet",),
     describe=describe,

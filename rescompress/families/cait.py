@@ -21,6 +21,7 @@ def describe(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
         family=FAMILY.name,
         num_prefix_tokens=1,
         prefix_from_block=len(host.blocks),
+        pools_all=True,
         **parts,
         **sequence("blocks", host.blocks, parts["pos_embed_grid"]),
     )

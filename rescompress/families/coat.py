@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import nn
 
-from rescompress import surgery
 from rescompress.anatomy import ConvAnatomy, Grid
-from rescompress.families._base import Family, image_of
+from rescompress.families._base import Family
 from rescompress.families._timm import resize_embed
+from rescompress.families._windows import describe_stem
 
 
 def describe(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ConvAnatomy:
@@ -19,13 +19,13 @@ def describe(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     The parallel blocks of CoaT add up maps of an eighth to a half of the first one's side, doubled up to four times.
     """
     host: Any = model
-    height, width = image_of(model, args, kwargs).shape[-2:]
     fqn = "patch_embed1.proj"
-    return ConvAnatomy(
+    return describe_stem(
+        model,
+        args,
+        kwargs,
         family=FAMILY.name,
-        input_size=(height, width),
         first_conv=fqn,
-        stem_grid=surgery.output_grid(surgery.get(model, fqn), (height, width)),
         multiple=1 if host.parallel_blocks is None else 8,
         refit=refit,
     )

@@ -50,7 +50,7 @@ def describe(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
             f"{stem!r} of {class_names(model)[0]} reads the image in several convolutions and gives no single map"
         )
     grid = _grid(call.made)
-    multiple, restored = _fitting(model, found, call, (args, kwargs)) if found.on_meta else (1, None)
+    multiple, restored = _fitting(model, found, call, (args, kwargs)) if found.on_meta else (1, ())
     return ConvAnatomy(
         family=FAMILY.name,
         input_size=_grid(found.image),
@@ -58,9 +58,9 @@ def describe(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
         stem_grid=grid,
         multiple=multiple,
         reader=_reader(model, found, call),
-        refit=None if restored is None else refuse_lost_sides,
-        restored=() if restored is None else (restored.fqn,),
-        restored_sizes=() if restored is None else (restored.size,),
+        refit=refuse_lost_sides if restored else None,
+        restored=tuple(one.fqn for one in restored),
+        restored_sizes=tuple(one.size for one in restored),
     )
 
 
@@ -141,8 +141,8 @@ def refuse_lost_sides(host: Any, anatomy: ConvAnatomy, grid: Grid) -> None:
 
 def _fitting(
     model: nn.Module, found: Trace, stem: Call, example: tuple[tuple[Any, ...], dict[str, Any]]
-) -> tuple[int, Restored | None]:
-    """Return what the sides of the stem's map must be multiples of, and the module whose map must come back if any.
+) -> tuple[int, tuple[Restored, ...]]:
+    """Return what the sides of the stem's map must be multiples of, and the modules whose maps must come back if any.
 
     The prediction for every pixel of an image must keep its size, and so must a map that meets one from before the
     reduction: the image itself, added or concatenated at the end.
@@ -150,16 +150,53 @@ def _fitting(
     trial = Trial(model, stem.fqn, _grid(stem.made if stem.made is not None else stem.source), example)
     multiple = trial.multiple()
     old = _shapes(found.outputs)
-    dense = bool(old) and all(len(shape) == 4 and shape[-2:] == found.image.shape[-2:] for shape in old)
-    if not dense or (multiple is not None and _shapes(trial.outputs(trial.half(multiple))) == old):
-        return multiple or 1, None
+    dense = _dense_outputs(found)
+    small = [] if multiple is None else _shapes(trial.outputs(trial.half(multiple)))
+    if not dense or dense <= _kept(old, small):
+        return multiple or 1, ()
+    restored: tuple[Restored, ...] = ()
+    right: set[int] = dense & _kept(old, small)
     behind = found.calls[next(i for i, call in enumerate(found.calls) if call is stem) + 1 :]
-    made = [Restored(call.fqn, _grid(call.made)) for call in behind if call.made is not None and call.fqn]
-    for restored in made[: -_LAST_CALLS - 1 : -1]:
-        fitting = trial.multiple(restored)
-        if fitting is not None and _shapes(trial.outputs(trial.half(fitting), restored)) == old:
-            return fitting, restored
-    return multiple or 1, None
+    behind = [call for call in behind if call.fqn not in ("", stem.fqn)]
+    made = [Restored(call.fqn, _grid(call.made)) for call in behind if call.made is not None]
+    for candidate in list(dict.fromkeys(reversed(made)))[: _LAST_CALLS * len(dense)]:
+        tried = (*restored, candidate)
+        fitting = trial.multiple(tried)
+        if fitting is None:
+            continue
+        half = trial.half(fitting)
+        kept = _kept(old, _shapes(trial.outputs(half, tried)))
+        # What is no prediction for every pixel, such as the code of an autoencoder, stays on the smaller grid.
+        if dense & kept > right and kept - dense <= _kept(old, _shapes(trial.outputs(half, restored))) - dense:
+            restored, right = tried, dense & kept
+        if right == dense:
+            for one in restored:  # a head behind another one that is restored sees a map of the old size already
+                fewer = tuple(other for other in restored if other is not one)
+                if fewer and dense <= _kept(old, _shapes(trial.outputs(half, fewer))):
+                    restored = fewer
+            return trial.stride(fitting, restored), restored
+    return multiple or 1, ()
+
+
+def _dense_outputs(found: Trace) -> set[int]:
+    """Return the places of the outputs that predict for every pixel of the image: those of its own size.
+
+    Among outputs of other sizes, only those made after maps had shrunk: a pyramid of features begins with a map that
+    still has the image's size, and each of its levels shrinks.
+    """
+    outputs = [leaf for leaf in tree_leaves(found.outputs) if isinstance(leaf, Tensor)]
+    image = found.image.shape[-2:]
+    dense = {i for i, leaf in enumerate(outputs) if leaf.ndim == 4 and leaf.shape[-2:] == image}
+    if len(dense) == len(outputs):
+        return dense
+    maps = [call.made for call in found.calls if call.made is not None]
+    shrunk = next((i for i, made in enumerate(maps) if made.shape[-1] < image[-1]), len(maps))
+    return {i for i in dense if not any(outputs[i] is made for made in maps[:shrunk])}
+
+
+def _kept(old: list[torch.Size], new: list[torch.Size]) -> set[int]:
+    """Return the places of the outputs that have their old shape; none where the network did not run."""
+    return {i for i, (a, b) in enumerate(zip(old, new, strict=True)) if a == b} if len(old) == len(new) else set()
 
 
 def _shapes(outputs: Any) -> list[torch.Size]:

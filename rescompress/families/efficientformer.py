@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import nn
 
-from rescompress import surgery
 from rescompress.anatomy import ConvAnatomy
-from rescompress.families._attention_biases import forget_biases, refit
-from rescompress.families._base import Family, class_names, image_of
+from rescompress.families._attention_biases import refit
+from rescompress.families._base import Family, class_names
+from rescompress.families._windows import describe_stem
 
 V1 = "timm.models.efficientformer.EfficientFormer"
 V2 = "timm.models.efficientformer_v2.EfficientFormerV2"
@@ -23,17 +23,8 @@ def describe(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     The map in front of the last stage must have even sides: the third stage of V2 halves it for its attention and
     doubles it again, and V1 takes the half of it for the size of its last map. That map is an eighth of the stem's.
     """
-    height, width = image_of(model, args, kwargs).shape[-2:]
     fqn = "stem.conv1.conv" if V2 in class_names(model) else "stem.conv1"
-    forget_biases(model)
-    return ConvAnatomy(
-        family=FAMILY.name,
-        input_size=(height, width),
-        first_conv=fqn,
-        stem_grid=surgery.output_grid(surgery.get(model, fqn), (height, width)),
-        multiple=16,
-        refit=refit,
-    )
+    return describe_stem(model, args, kwargs, family=FAMILY.name, first_conv=fqn, multiple=16, refit=refit)
 
 
 FAMILY = Family(

@@ -23,6 +23,7 @@ def describe(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
         num_prefix_tokens=host.num_prefix_tokens,
         norm="norm",
         mean_pooled=host.attn_pool is None and host.global_pool == "avg",
+        pools_all=host.attn_pool is not None or host.global_pool == "avgmax",
         refit=refit,
         **patch_embedding(host, (height, width)),
     )

@@ -14,7 +14,8 @@ from torch import nn
 
 from rescompress.anatomy import Anatomy, Grid, GridAttribute, ViTAnatomy, cells, inside
 from rescompress.families._base import Family, class_names, image_of
-from rescompress.families._vit import pair, patch_embedding, sequence
+from rescompress.families._timm import sequence
+from rescompress.families._vit import pair, patch_embedding
 
 NAFLEX = "timm.models.naflexvit.NaFlexVit"
 GEMMA = "timm.models.gemma4_vit.Gemma4VitEncoder"
@@ -58,6 +59,7 @@ def _describe_naflex(host: Any, input_size: Grid) -> ViTAnatomy:
     embeds = host.embeds
     patch, pads, linear = pair(embeds.patch_size), bool(embeds.dynamic_img_pad), bool(embeds.is_linear)
     grid = cells(input_size, patch, pads)
+    mean = host.attn_pool is None and host.global_pool == "avg"
     return ViTAnatomy(
         family=FAMILY.name,
         input_size=input_size,
@@ -79,7 +81,8 @@ def _describe_naflex(host: Any, input_size: Grid) -> ViTAnatomy:
         grid_method="embeds.dynamic_feat_size",
         fixed_input=False,
         norm="norm",
-        mean_pooled=host.attn_pool is None and host.global_pool == "avg" and not host.pool_include_prefix,
+        mean_pooled=mean and not host.pool_include_prefix,
+        pools_all=host.attn_pool is not None or host.global_pool == "avgmax" or (mean and host.pool_include_prefix),
         refit=refit_naflex,
         **sequence("blocks", host.blocks, grid),
     )

@@ -95,7 +95,9 @@ def describe(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
         grid_attributes=(_patch_size_attribute(host),),
         fixed_input=False,
         dense_tokens=type(model).__name__.endswith("Backbone"),
-        norm=next((name for name in ("layernorm", "post_layernorm", "norm") if hasattr(model, name)), None),
+        norm=_norm(model),
+        mean_pooled=bool(getattr(host.config, "use_mean_pooling", False)) and getattr(host, "pooler", None) is not None,
+        pools_all=bool(getattr(host, "use_head", False)),
         blocks=blocks,
         grids=(grid,) * places,
         num_patch_tokens=(grid[0] * grid[1],) * places,
@@ -234,6 +236,12 @@ def _always_interpolates(model: nn.Module) -> bool:
         name.split(".")[:2] == ["transformers", "models"] and name.split(".")[2] in _ALWAYS
         for name in class_names(model)
     )
+
+
+def _norm(model: nn.Module) -> str | None:
+    """Return the name of the norm that all tokens pass; CLIP's takes the class token alone, behind the sequence."""
+    names = ("layernorm", "norm") if _class_tokens(model.embeddings) else ("layernorm", "norm", "post_layernorm")
+    return next((name for name in names if hasattr(model, name)), None)
 
 
 def _blocks(model: nn.Module) -> tuple[str, ...]:

@@ -11,8 +11,9 @@ from torch import nn
 from rescompress import surgery
 from rescompress.anatomy import ConvAnatomy
 from rescompress.errors import UnsupportedModelError
-from rescompress.families._attention_biases import forget_biases, refit
-from rescompress.families._base import Family, image_of
+from rescompress.families._attention_biases import refit
+from rescompress.families._base import Family
+from rescompress.families._windows import describe_stem
 
 
 def describe(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ConvAnatomy:
@@ -21,22 +22,14 @@ def describe(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     Raises:
         UnsupportedModelError: the stem is another network.
     """
-    height, width = image_of(model, args, kwargs).shape[-2:]
     fqn = "stem.conv1"
     try:
-        conv = surgery.get(model, fqn)
+        surgery.get(model, fqn)
     except UnsupportedModelError as error:
         raise UnsupportedModelError(
             f"this {type(model).__name__} has a network of its own as its stem; known is LeViT's stem of convolutions"
         ) from error
-    forget_biases(model)
-    return ConvAnatomy(
-        family=FAMILY.name,
-        input_size=(height, width),
-        first_conv=fqn,
-        stem_grid=surgery.output_grid(conv, (height, width)),
-        refit=refit,
-    )
+    return describe_stem(model, args, kwargs, family=FAMILY.name, first_conv=fqn, refit=refit)
 
 
 FAMILY = Family(

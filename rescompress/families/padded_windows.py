@@ -7,11 +7,11 @@ https://arxiv.org/abs/2204.03645
 
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from rescompress import surgery
 from rescompress.anatomy import ConvAnatomy, Grid
+from rescompress.families._attention_biases import distance_indices
 from rescompress.families._base import Family, class_names
 from rescompress.families._windows import clipped, describe_stem, fix_size, maps_at, unchanged
 
@@ -49,6 +49,10 @@ def refit(host: nn.Module, anatomy: ConvAnatomy, grid: Grid) -> None:
             continue
         length = min(new)  # square windows only, as the hosts have them
         attention = block.attn
+        for module in attention.modules():  # what it has gathered is for the table from before
+            if hasattr(module, "attention_bias_cache"):
+                surgery.forget_bias(module)
+                module.register_load_state_dict_pre_hook(surgery.forget_bias)
         if _TINY in class_names(block):
             block.window_size = length
             attention.resolution = (length, length)
@@ -58,26 +62,14 @@ def refit(host: nn.Module, anatomy: ConvAnatomy, grid: Grid) -> None:
         if length == old[0]:
             continue
         surgery.resample(host, f"{fqn}.attn.attention_biases", "offsets", old, (length, length))
-        index = _distance_index(length).to(attention.attention_bias_idxs.device)
+        index = distance_indices((length, length)).to(attention.attention_bias_idxs.device)
         surgery.set_parameter(host, f"{fqn}.attn.attention_bias_idxs", index)
-        attention.attention_bias_cache = {}
     fix_size(host)
 
 
 def _window(block: Any) -> Grid:
     size = block.attn.resolution if _MSRA in class_names(block) else block.window_size
     return (int(size), int(size)) if isinstance(size, int) else (int(size[0]), int(size[1]))
-
-
-def _distance_index(side: int) -> Tensor:
-    """Return which entry of a table over distances belongs to each pair of positions of a square window.
-
-    Shape:
-        - Output: (side ** 2, side ** 2), columns of a table of layout "offsets"
-    """
-    rows = torch.arange(side).repeat_interleave(side)
-    columns = torch.arange(side).repeat(side)
-    return (rows[:, None] - rows[None]).abs() * side + (columns[:, None] - columns[None]).abs()
 
 
 FAMILY = Family(

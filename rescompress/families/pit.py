@@ -9,20 +9,14 @@ from torch import nn
 
 from rescompress import surgery
 from rescompress.anatomy import ConvAnatomy, Grid
-from rescompress.families._base import Family, image_of
+from rescompress.families._base import Family
+from rescompress.families._windows import describe_stem
 
 
 def describe(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ConvAnatomy:
     """Find the convolution that cuts the patches; its map shrinks from stage to stage."""
-    height, width = image_of(model, args, kwargs).shape[-2:]
     fqn = "patch_embed.conv"
-    return ConvAnatomy(
-        family=FAMILY.name,
-        input_size=(height, width),
-        first_conv=fqn,
-        stem_grid=surgery.output_grid(surgery.get(model, fqn), (height, width)),
-        refit=refit,
-    )
+    return describe_stem(model, args, kwargs, family=FAMILY.name, first_conv=fqn, refit=refit)
 
 
 def refit(host: Any, anatomy: ConvAnatomy, grid: Grid) -> None:

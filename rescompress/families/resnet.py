@@ -10,13 +10,18 @@ from torch import nn
 from rescompress import surgery
 from rescompress.anatomy import ConvAnatomy
 from rescompress.errors import UnsupportedModelError
-from rescompress.families._base import Family, image_of
+from rescompress.families._base import Family, class_names, image_of
 from rescompress.families._probing import side_multiple
 
 
 def describe(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ConvAnatomy:
     """Find the first convolution by name: `conv1`, or the first one inside it when the stem is deep."""
     stem = surgery.get(model, "conv1")
+    if any(".quantized" in kind for kind in class_names(stem)):
+        raise UnsupportedModelError(
+            f"this {type(model).__name__} is quantized already: its conv1 is a {class_names(stem)[0]}; compress the "
+            "float model (torchvision: quantize=False), with Quantize as the last step for integers"
+        )
     fqn = "conv1" if isinstance(stem, nn.Conv2d) else "conv1.0"
     conv = surgery.get(model, fqn)
     if not isinstance(conv, nn.Conv2d):

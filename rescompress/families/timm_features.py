@@ -19,7 +19,7 @@ _REFITS: dict[tuple[str, ...], Refit] = {
     (nest.LEVEL,): nest.refit,
     padded_windows.BLOCKS: padded_windows.refit,
     _attention_biases.ATTENTIONS: _attention_biases.refit,
-    (byobnet.BOTTLENECK, byobnet.HALO, byobnet.LAMBDA): byobnet.refit,
+    byobnet.KINDS: byobnet.refit,
 }
 """What refits the modules of these classes, in whatever host they are."""
 
@@ -41,7 +41,6 @@ def knows(model: nn.Module) -> bool:
 
 def describe(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Anatomy:
     """Describe the whole model that is left, or the modules that have been taken out of it."""
-    _attention_biases.forget_biases(model)
     whole = _whole(model)
     if whole is not None:  # the forward of a `model` is never called, but the modules that it calls are
         name, family = whole

@@ -9,7 +9,8 @@ from torch import nn
 
 from rescompress import surgery
 from rescompress.anatomy import ConvAnatomy, Grid
-from rescompress.families._base import Family, image_of
+from rescompress.families._base import Family
+from rescompress.families._windows import describe_stem
 from rescompress.layers.map_tokens import MapTokens
 
 
@@ -18,15 +19,8 @@ def describe(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
 
     Positions come from convolutions, and windows that a map does not fill are padded by the host.
     """
-    height, width = image_of(model, args, kwargs).shape[-2:]
     fqn = "patch_embeds.0.proj"
-    return ConvAnatomy(
-        family=FAMILY.name,
-        input_size=(height, width),
-        first_conv=fqn,
-        stem_grid=surgery.output_grid(surgery.get(model, fqn), (height, width)),
-        refit=refit,
-    )
+    return describe_stem(model, args, kwargs, family=FAMILY.name, first_conv=fqn, refit=refit)
 
 
 def refit(host: Any, anatomy: ConvAnatomy, grid: Grid) -> None:

@@ -9,22 +9,16 @@ from torch import nn
 
 from rescompress import surgery
 from rescompress.anatomy import ConvAnatomy, Grid
-from rescompress.families._base import Family, image_of
+from rescompress.families._base import Family
 from rescompress.families._timm import resize_embed
+from rescompress.families._windows import describe_stem
 
 
 def describe(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ConvAnatomy:
     """Find the first convolution: that of the stem, or the first patch embedding where there is no stem."""
     host: Any = model
-    height, width = image_of(model, args, kwargs).shape[-2:]
     fqn = "patch_embed1.proj" if host.stem is None else "stem.0"
-    return ConvAnatomy(
-        family=FAMILY.name,
-        input_size=(height, width),
-        first_conv=fqn,
-        stem_grid=surgery.output_grid(surgery.get(model, fqn), (height, width)),
-        refit=refit,
-    )
+    return describe_stem(model, args, kwargs, family=FAMILY.name, first_conv=fqn, refit=refit)
 
 
 def refit(host: Any, anatomy: ConvAnatomy, grid: Grid) -> None:

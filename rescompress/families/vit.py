@@ -11,7 +11,8 @@ from rescompress import surgery
 from rescompress.anatomy import Anatomy, Grid, GridAttribute, ViTAnatomy, cells
 from rescompress.errors import UnsupportedModelError
 from rescompress.families._base import Family, class_names, image_of
-from rescompress.families._vit import pair, patch_embedding, sequence
+from rescompress.families._timm import sequence
+from rescompress.families._vit import pair, patch_embedding
 
 TIMM = "timm.models.vision_transformer.VisionTransformer"
 HYBRID = "timm.layers.hybrid_embed.HybridEmbed"
@@ -27,13 +28,15 @@ def describe(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
 def _describe_timm(model: Any, input_size: Grid) -> ViTAnatomy:
     hybrid = HYBRID in class_names(model.patch_embed)
     prefix = model.num_prefix_tokens
+    mean = model.attn_pool is None and model.global_pool == "avg"
     return ViTAnatomy(
         family=FAMILY.name,
         pos_embed=None if model.pos_embed is None else "pos_embed",
         pos_embed_prefix_tokens=0 if model.no_embed_class else prefix,
         num_prefix_tokens=prefix,
         norm="norm",
-        mean_pooled=model.attn_pool is None and model.global_pool == "avg" and not model.pool_include_prefix,
+        mean_pooled=mean and not model.pool_include_prefix,
+        pools_all=model.attn_pool is not None or model.global_pool == "avgmax" or (mean and model.pool_include_prefix),
         **(_hybrid_embedding if hybrid else patch_embedding)(model, input_size),
     )
 

@@ -10,7 +10,8 @@ from torch import nn
 from rescompress import surgery
 from rescompress.anatomy import ConvAnatomy, Grid
 from rescompress.errors import UnsupportedModelError
-from rescompress.families._base import Family, image_of
+from rescompress.families._base import Family
+from rescompress.families._windows import describe_stem
 
 
 def describe(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ConvAnatomy:
@@ -20,17 +21,10 @@ def describe(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
         UnsupportedModelError: there is no stem of convolutions.
     """
     host: Any = model
-    height, width = image_of(model, args, kwargs).shape[-2:]
     if host.patch_embed.conv is None:
         raise UnsupportedModelError(f"this {type(model).__name__} has no stem of convolutions in front of its patches")
     fqn = "patch_embed.conv.0"
-    return ConvAnatomy(
-        family=FAMILY.name,
-        input_size=(height, width),
-        first_conv=fqn,
-        stem_grid=surgery.output_grid(surgery.get(model, fqn), (height, width)),
-        refit=refit,
-    )
+    return describe_stem(model, args, kwargs, family=FAMILY.name, first_conv=fqn, refit=refit)
 
 
 def refit(host: Any, anatomy: ConvAnatomy, grid: Grid) -> None:

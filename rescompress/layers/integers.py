@@ -29,6 +29,9 @@ def int8_rows(weight: Tensor, bits: int = 8) -> tuple[Tensor, Tensor]:
         SpecError: torchao is not installed.
     """
     half = 1 << (bits - 1)
+    if weight[:1].numel() == 1:  # torchao takes the range of a block of one value over all blocks: show it twice
+        integers, scale = int8_rows(weight.reshape(-1, 1).expand(-1, 2), bits)
+        return integers[:, :1].reshape(weight.shape), scale
     block = (1, *weight.shape[1:])
     return _affine(weight, block, -half, half - 1, SMALLEST_SCALE, torch.float32, (len(weight),))
 

@@ -96,30 +96,34 @@ def source_of_matched(
     return source.scatter(1, odd.expand(batch, -1), of_b.expand(batch, -1))
 
 
-def merge_tokens(
-    x: Tensor,
-    size: Optional[Tensor],  # noqa: UP045
-    metric: Tensor,
-    r: int,
-    num_prefix_tokens: int,
-) -> Tuple[Tensor, Tensor]:  # noqa: UP006
-    """Merge the `r` most similar pairs of patch tokens, each into the size-weighted mean of its members.
+def repeat_merged(x: Tensor, size: Tensor, num_patch_tokens: int, num_prefix_tokens: int) -> Tensor:
+    """Return each patch token as often as the patches it stands for, one after the other.
 
-    Prefix tokens take no part. At most half of the patch tokens can go at a time: a larger `r` merges as many as can
-    be. The order is kept: prefix, the rest of A, then B.
+    Whatever does not depend on the order of the tokens makes of them what it would make of all patches.
 
     Shape:
-        - x: (B, P + N, C)
-        - size: (B, P + N, 1), or None where every token still stands for one patch
-        - metric: (B, P + N, D)
-        - Output: (B, P + N - r, C) and (B, P + N - r, 1)
+        - x: (B, P + M, C)
+        - size: (B, P + M, 1), whose patch tokens stand for `num_patch_tokens` patches together
+        - Output: (B, P + num_patch_tokens, C)
     """
-    if size is None:
-        size = torch.ones_like(x[..., :1])
-    r = min(r, (x.shape[1] - num_prefix_tokens) // 2)
-    if r <= 0:
-        return x, size
-    return merge_matched(x, size, match_tokens(metric, r, num_prefix_tokens), num_prefix_tokens)
+    ends = size[:, num_prefix_tokens:, 0].float().round().cumsum(1)
+    places = torch.arange(num_patch_tokens, device=x.device)
+    index = (ends[:, None, :] <= places[None, :, None]).sum(-1).clamp(max=ends.shape[1] - 1)
+    patches = x[:, num_prefix_tokens:].gather(1, index.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+    return torch.cat([x[:, :num_prefix_tokens], patches], dim=1)
+
+
+def weigh_merged(x: Tensor, size: Tensor, num_prefix_tokens: int) -> Tensor:
+    """Scale patch tokens so that their plain mean is the mean over the patches that they stand for.
+
+    Shape:
+        - x: (B, P + M, C)
+        - size: (B, P + M, 1)
+        - Output: (B, P + M, C)
+    """
+    patches = size[:, num_prefix_tokens:]
+    weight = patches / patches.mean(dim=1, keepdim=True)
+    return torch.cat([x[:, :num_prefix_tokens], x[:, num_prefix_tokens:] * weight], dim=1)
 
 
 def proportional_bias(size: Optional[Tensor]) -> Optional[Tensor]:  # noqa: UP045

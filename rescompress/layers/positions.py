@@ -12,7 +12,7 @@ from rescompress.layers import grid_matrices
 
 Grid = tuple[int, int]
 
-LAYOUTS = ("tokens", "map", "map_last", "relative", "computed", *grid_matrices.LAYOUTS)
+LAYOUTS = ("tokens", "map", "map_last", "relative", "computed", "mixing", *grid_matrices.LAYOUTS)
 """How a tensor is laid out over a grid of H x W positions, `extra` rows of it belonging to no position:
 
 - tokens: (..., extra + H * W, C), the extra rows first: prefix tokens
@@ -20,6 +20,8 @@ LAYOUTS = ("tokens", "map", "map_last", "relative", "computed", *grid_matrices.L
 - map_last: (..., H, W, C)
 - relative: ((2H - 1) * (2W - 1) + extra, heads), the extra rows last: class token to tokens and back
 - computed: any shape; made from the grid and never learned, so that a checkpoint's is ignored
+- mixing: (extra * H * H, ...), the weight, (extra * H * H, extra, H, 1) or (..., 1, H), or bias of a convolution that
+  reads one line of H positions and writes `extra` matrices of scores from position to position; H = W
 - those of `grid_matrices`, weights that mix positions and tables over distances
 """
 
@@ -49,9 +51,24 @@ def resample_table(table: Tensor, layout: str, old: Grid, new: Grid, extra: int 
             planes = table[:kept].reshape(*distances, -1).movedim(-1, 0)
             rows = _resize(planes, (2 * new[0] - 1, 2 * new[1] - 1)).movedim(0, -1).reshape(-1, table.shape[-1])
             return torch.cat([rows, table[kept:]])
+        if layout == "mixing":
+            return _resample_mixing(table, old[0], new[0], extra)
         if layout in grid_matrices.LAYOUTS:
             return grid_matrices.resample_matrix(table, layout, old, new)
     raise ValueError(f"a table of layout {layout!r} cannot be resampled")
+
+
+def _resample_mixing(table: Tensor, old: int, new: int, groups: int) -> Tensor:
+    planes = table.reshape(groups, old, old, -1).movedim(-1, 1)
+    made = _resize(planes, (new, new)).movedim(1, -1).reshape(groups * new * new, *table.shape[1:])
+    if table.ndim == 1:
+        return made
+    column = table.shape[-1] == 1
+    line = made.squeeze(-1 if column else -2)
+    read = grid_matrices.resample_matrix(line.flatten(0, -2), "columns", (old, 1), (new, 1)).reshape(
+        *line.shape[:-1], new
+    )
+    return read.unsqueeze(-1 if column else -2)
 
 
 def _resize(planes: Tensor, new: Grid) -> Tensor:
@@ -68,8 +85,9 @@ def _rows(layout: str, grid: Grid) -> int:
 class TableLoader:
     """State-dict hook: lets a resampled table load checkpoints of the grid from before.
 
-    Register with `owner.register_load_state_dict_pre_hook`. A checkpoint with as many rows as the old grid is taken
-    to have that grid; any other is taken to be square, as the tables of most models are.
+    Register with `owner.register_load_state_dict_pre_hook`. A checkpoint with as many rows as the old or the new grid
+    is taken to have that grid; any other is taken to have the old one's aspect. Where a model has been compressed
+    twice, what the first compression made is so left to the loader of the second.
     """
 
     def __init__(self, name: str, layout: str, old: Grid, new: Grid, extra: int) -> None:
@@ -95,12 +113,19 @@ class TableLoader:
             return (loaded.shape[-2], loaded.shape[-1])
         if self.layout == "map_last":
             return (loaded.shape[-3], loaded.shape[-2])
+        if self.layout == "mixing":
+            side = round((loaded.shape[0] / self.extra) ** 0.5)
+            return (side, side) if self.extra * side**2 == loaded.shape[0] else None
         if self.layout in grid_matrices.LAYOUTS:
             rows = grid_matrices.positions(tuple(loaded.shape), self.layout)
         else:
             rows = loaded.shape[0 if self.layout == "relative" else -2] - self.extra
         if rows == _rows(self.layout, self.old):
             return self.old
-        side = round(max(rows, 0) ** 0.5)
-        side = (side + 1) // 2 if self.layout == "relative" else side
-        return (side, side) if _rows(self.layout, (side, side)) == rows else None
+        if rows == _rows(self.layout, self.new):
+            return self.new
+        for height in range(1, rows + 1):
+            grid = (height, max(1, round(height * self.old[1] / self.old[0])))
+            if _rows(self.layout, grid) >= rows:
+                return grid if _rows(self.layout, grid) == rows else None
+        return None

@@ -83,8 +83,9 @@ class Resize2d(nn.Module):
         whole = self.whole
         if whole is not None:
             height, width = self.target(x.shape[2], x.shape[3])
-            self.refuse_lost_side(x.shape[2], height, whole[0], self.example[0])
-            self.refuse_lost_side(x.shape[3], width, whole[1], self.example[1])
+            taken = self.target(self.example[0], self.example[1])
+            self.refuse_lost_side(x.shape[2], height, whole[0], self.example[0], taken[0])
+            self.refuse_lost_side(x.shape[3], width, whole[1], self.example[1], taken[1])
         if size is not None:
             if x.shape[2] == size[0] and x.shape[3] == size[1]:
                 return x
@@ -97,9 +98,12 @@ class Resize2d(nn.Module):
             return _interpolate(x, [height, width], None, self.mode, self.antialias)
         return _interpolate(x, None, [scale[0], scale[1]], self.mode, self.antialias)
 
-    def refuse_lost_side(self, side: int, target: int, scale: float, example: int) -> None:
-        """Raise where a side could not be told from others once it has become `target`: 40 may have been 40 or 44."""
-        if side != example and abs(side * scale - target) > 1e-6 * side:
+    def refuse_lost_side(self, side: int, target: int, scale: float, example: int, taken: int) -> None:
+        """Raise where a side could not be told from others once it has become `target`: 40 may have been 40 or 44.
+
+        `taken` is what the example's own side becomes: it stands for that one alone.
+        """
+        if side != example and (target == taken or abs(side * scale - target) > 1e-6 * side):
             raise ValueError(
                 "this network predicts for every pixel, and a map resized by "
                 + str(scale)

@@ -5,12 +5,15 @@ positions, so that a token which stands for a window of patches takes the positi
 """
 
 import inspect
+import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from rescompress.layers.adopt import host_class
+from rescompress.errors import UnsupportedModelError
+from rescompress.layers.adopt import class_name, host_class
+from rescompress.layers.rotary import SpacedRotary
 from rescompress.layers.wrap import Wrapped
 
 Grid = tuple[int, int]
@@ -41,8 +44,8 @@ def argument_names(block: nn.Module) -> tuple[str, ...]:
 def pool_rotary(sin: Tensor, cos: Tensor, grid: Grid, stride: Grid) -> tuple[Tensor, Tensor]:
     """Return the rotary tables of the centres of windows.
 
-    Angles grow evenly along the rows and along the columns, by less than half a turn from token to token: the centre's
-    is that of the first token plus half the way to the last one.
+    Angles grow evenly along the rows and along the columns, by at most half a turn from token to token (see
+    `check_turns`): the centre's is that of the first token plus half the way to the last one.
 
     Shape:
         - Input: (..., H * W, D) each
@@ -56,10 +59,50 @@ def pool_rotary(sin: Tensor, cos: Tensor, grid: Grid, stride: Grid) -> tuple[Ten
         if stride[axis] > 1:
             next_sin, next_cos = sines[..., row, :, column, :], cosines[..., row, :, column, :]
             step = torch.atan2(next_sin * first_cos - next_cos * first_sin, next_cos * first_cos + next_sin * first_sin)
+            # Half a turn, which DINOv3 takes on 4 x 4 patches, must not go now one way and now the other.
+            step = torch.where(step < 0.01 - math.pi, step + 2 * math.pi, step)
             shift = shift + step * ((stride[axis] - 1) / 2)
     pooled_sin = first_sin * shift.cos() + first_cos * shift.sin()
     pooled_cos = first_cos * shift.cos() - first_sin * shift.sin()
     return pooled_sin.flatten(-3, -2).to(sin.dtype), pooled_cos.flatten(-3, -2).to(cos.dtype)
+
+
+def check_turns(kind: str, model: nn.Module, grid: Grid, stride: Grid) -> None:
+    """Refuse rotary tables whose tokens are so far apart that the angle between two of them is ambiguous.
+
+    Raises:
+        UnsupportedModelError: some angle grows by more than half a turn from token to token on `grid`.
+    """
+    for fqn, module in model.named_modules():
+        for axis, turn in enumerate(_fastest_turns(module, grid)):
+            if 1 < stride[axis] < grid[axis] and turn > math.pi:
+                raise UnsupportedModelError(
+                    f"{kind} reads where the middle of a window is from the angles of the tokens in it, and those of "
+                    f"{fqn!r} grow by up to {turn:.1f} radians from one {('row', 'column')[axis]} of the {grid[0]} x "
+                    f"{grid[1]} grid to the next, more than half a turn ({math.pi:.1f}): its patches are too few for "
+                    "that; resize less in the steps before it or give a larger image"
+                )
+
+
+def _fastest_turns(rope: Any, grid: Grid) -> tuple[float, ...]:
+    """Return by how much the fastest angle of a rotary embedding over indices grows per row and per column."""
+    if isinstance(rope, SpacedRotary):
+        learned = rope.freqs
+        if learned is not None and not learned.is_meta:
+            first, second = (float(one.detach().abs().max()) for one in (learned[0], learned[1]))
+            fastest = (second, first) if rope.columns_first else (first, second)
+        else:
+            fastest = (_fastest(rope.bands),) * 2
+        return tuple(band * spacing for band, spacing in zip(fastest, rope.spacing, strict=True))
+    if class_name(rope) == "timm.layers.pos_embed_sincos.RotaryEmbeddingCat" and not rope.in_pixels:
+        trained = getattr(rope, "ref_feat_shape", None) or grid
+        return tuple(_fastest(rope.bands) * old / new for old, new in zip(trained, grid, strict=True))
+    return ()
+
+
+def _fastest(bands: Tensor | None) -> float:
+    # The bands of a language model begin at one radian for each index.
+    return 1.0 if bands is None or bands.is_meta else float(bands.abs().max())
 
 
 def strided(grid: Grid, stride: Grid, num_prefix_tokens: int, device: torch.device | None = None) -> Tensor:

@@ -1,6 +1,5 @@
 """Run a model to measure it without leaving a trace: mode, buffers, gradients, random state and flags stay."""
 
-import copy
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -11,6 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map
 
 from rescompress.inputs import tensors_of
+from rescompress.surgery import deep_copy
 
 
 def device_of(model: nn.Module, args: Any = ()) -> torch.device:
@@ -30,7 +30,7 @@ def copied(
         memo[id(weight)] = nn.Parameter(parameter(weight.detach()), requires_grad=weight.requires_grad)
     for values in model.buffers():
         memo[id(values)] = buffer(values.detach())
-    return copy.deepcopy(model, memo)
+    return deep_copy(model, memo)
 
 
 def real_copy(model: nn.Module) -> nn.Module:

@@ -129,7 +129,10 @@ def put_in_front(model: nn.Module, fqn: str, kind: str, resize: nn.Module) -> No
     """
     module = surgery.get(model, fqn)
     if isinstance(module, ResizedEmbedding):
-        raise UnsupportedModelError(f"{fqn!r} is resized already; a model takes {kind} once")
+        raise UnsupportedModelError(
+            f"{fqn!r} is resized already; a model takes {kind} once: compress the original model with the scale wanted "
+            "in the end"
+        )
     surgery.swap(model, fqn, ResizedEmbedding(module, resize))
 
 

@@ -68,7 +68,10 @@ def put_resize(
     if isinstance(old, ResizedConv2d | ResizedModule):
         for new, present in ((before, old.before), (after, old.after)):
             if new is not None and not isinstance(present, nn.Identity):
-                raise UnsupportedModelError(f"{fqn!r} is resized already; a model takes {kind} once")
+                raise UnsupportedModelError(
+                    f"{fqn!r} is resized already; a model takes {kind} once: compress the original model with the "
+                    "scale wanted in the end"
+                )
         if before is not None:
             old.before = before
         if after is not None:

@@ -17,6 +17,7 @@ from rescompress.layers.merging.base import MeanOfMerged, MergingBlock
 from rescompress.layers.merging.general import GeneralMergeBlock
 from rescompress.layers.merging.table import ATTENTIONS, BLOCKS, REFUSED, attention_of, merging_block, needs_places
 from rescompress.methods._grid import forbid_maps
+from rescompress.methods._heads import ALL, MEAN, reading_of, warn_of_readers
 from rescompress.methods._tokens import fix_grid, innermost, keeps_length, prefix_of, vit_anatomy
 from rescompress.spec import Stage, Step, check_scale, is_int
 
@@ -53,7 +54,8 @@ class TokenMerge(Step):
 
     def identity(self) -> "TokenMerge":
         """Return the step that puts in blocks which merge nothing."""
-        return TokenMerge(r=0)
+        numbers = self.r if isinstance(self.r, tuple) else (self.r,)
+        return self if self.keep == 1 or (self.keep is None and not any(numbers)) else TokenMerge(r=0)
 
     def schedule(self, num_patch_tokens: int, num_blocks: int) -> list[int]:
         """Return how many pairs each block merges.
@@ -95,7 +97,8 @@ class TokenMerge(Step):
             raise SpecError(f"token_merge with {self.to_dict()} merges nothing in this model; use a larger r")
         first = next((i for i, r in enumerate(steps) if r), None)
         travel = 3 if any(needs_places(block) for block in blocks[start:]) else 1
-        weigh = anatomy.mean_pooled and anatomy.norm is not None and first is not None and not dense
+        reading = reading_of(model, anatomy) if first is not None and not dense else ""
+        weigh = reading == MEAN and anatomy.norm is not None
         last = len(blocks) - 1
         full = anatomy.grids[0]
         for i in range(start if first is None else first, len(blocks)):
@@ -105,6 +108,8 @@ class TokenMerge(Step):
             new = merging_block(blocks[i], prefix_of(anatomy, i))
             new.r, new.num_prefix_tokens, new.grid = steps[i], prefix_of(anatomy, i), grid
             new.dense, new.places = dense, needs_places(blocks[i])
+            new.repeats = i == last and reading == ALL
+            new.weighs = i == last and reading == MEAN and not weigh
             new.comes_in = travel if first is not None and i > first and not dense else 0
             new.goes_out = 0 if first is None or dense else travel if i < last else int(weigh)
             if isinstance(new, GeneralMergeBlock):
@@ -115,6 +120,7 @@ class TokenMerge(Step):
             surgery.swap(model, anatomy.norm, MeanOfMerged(norm, prefix_of(anatomy, len(blocks))))
         if first is None:
             return anatomy
+        warn_of_readers(model, anatomy, reading)
         if not dense:
             forbid_maps(model, anatomy, self.kind)
         if travel > 1:  # places are counted on one grid

@@ -14,7 +14,7 @@ from rescompress.anatomy import Anatomy, Grid, ViTAnatomy
 from rescompress.errors import SpecError
 from rescompress.layers.adopt import adopt
 from rescompress.layers.pool import MODES, PooledBlock, PooledMasked, PooledSequence, TokenPool2d, TokenRepeat2d
-from rescompress.layers.token_positions import argument_names
+from rescompress.layers.token_positions import argument_names, check_turns
 from rescompress.methods._grid import forbid_maps
 from rescompress.methods._tokens import (
     check_arguments,
@@ -108,6 +108,8 @@ class TokenPool(Step):
             )
         if _pooled_behind(model, anatomy, block, dense):
             raise SpecError(f"token_pool.after_block={block}: tokens are pooled there already")
+        if anatomy.grids[0] is not None:
+            check_turns(self.kind, model, anatomy.grids[0], stride)
         grids, counts = list(anatomy.grids), list(anatomy.num_patch_tokens)
         if not dense:
             pool = TokenPool2d(grid, stride, prefix_of(anatomy, block), self.mode)

@@ -222,3 +222,105 @@ def test_the_simplest_scale_that_fits(new: int, old: int, multiple: int, scale: 
 def test_antialiasing_in_half_precision(mode: str, dtype: torch.dtype) -> None:
     resize, x = Resize2d((0.5, 0.5), mode=mode, antialias=True), noise(1, 3, 16, 12).to(dtype)
     torch.testing.assert_close(torch.jit.script(resize)(x), resize(x.float()).to(dtype))
+
+
+class AutoEncoder(nn.Module):
+    """Strides of 2 down and up; gives the image back, and with `code` what it was encoded as."""
+
+    def __init__(self, code: bool = False) -> None:
+        super().__init__()
+        self.code = code
+        self.encoder = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU(), nn.Conv2d(8, 16, 3, 2, 1))
+        self.decoder = nn.Sequential(nn.ConvTranspose2d(16, 8, 2, 2), nn.ReLU(), nn.ConvTranspose2d(8, 3, 2, 2))
+
+    def forward(self, x: Tensor) -> Tensor | dict[str, Tensor]:
+        z = self.encoder(x)
+        return {"out": self.decoder(z), "z": z} if self.code else self.decoder(z)
+
+
+@pytest.mark.filterwarnings("ignore:.*an output has shape")
+@pytest.mark.parametrize("step", [rc.StemResize, rc.InputResize])
+def test_outputs_are_restored_one_by_one(step: type[rc.Step]) -> None:
+    model, x = randomize(AutoEncoder(code=True)).eval(), noise(2, 3, 64, 64)
+    small = rc.compress(model, step(scale=0.5), example_input=x)
+    assert small._rescompress.anatomy.restored == ("decoder",)
+    made = small(x)
+    assert made["out"].shape == x.shape and made["z"].shape[2:] == (8, 8)
+    plain = rc.compress(model.encoder, step(scale=0.5), example_input=x)
+    torch.testing.assert_close(made["z"], plain(x))
+    restored = F.interpolate(model.decoder(made["z"]), size=(64, 64), mode="bilinear", align_corners=False)
+    torch.testing.assert_close(made["out"], restored)
+
+
+def test_two_heads_are_both_restored() -> None:
+    class TwoHeads(UNet):
+        def __init__(self) -> None:
+            super().__init__()
+            self.depth = nn.Conv2d(4, 1, 1)
+
+        def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
+            y = super().forward(image)
+            return y, self.depth(y)
+
+    class Apart(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.a = nn.Conv2d(3, 8, 3, 1, 1), nn.Conv2d(8, 4, 3, 1, 1)
+            self.b = nn.Conv2d(8, 2, 3, 1, 1)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return self.a(self.stem(x)), self.b(self.stem(x))
+
+    x = noise(1, 3, 64, 64)
+    for model, names in ((TwoHeads(), ("head",)), (Apart(), ("b", "a"))):
+        small = rc.compress(model, scale=0.5, example_input=x)
+        assert small._rescompress.anatomy.restored == names
+        for made in small(x):
+            assert made.shape[2:] == x.shape[2:]
+
+
+@pytest.mark.parametrize(
+    ("model", "example", "others"),
+    [(UNet(fits=True), 61, (60, 64, 96, 33)), (UNet(fits=True), 64, (65, 62)), (AutoEncoder(), 64, (60, 96, 62, 68))],
+    ids=["odd example", "even example", "strides"],
+)
+@pytest.mark.parametrize("step", [rc.StemResize, rc.InputResize])
+@pytest.mark.filterwarnings("ignore:.* cannot be reached exactly")
+def test_dense_outputs_have_their_size_or_are_refused(
+    model: nn.Module, example: int, others: tuple[int, ...], step: type[rc.Step]
+) -> None:
+    """An example of 61 px leaves 30, and so does an image of 60: 30 cannot stand for both."""
+    small = rc.compress(model, step(scale=0.5), example_input=noise(1, 3, example, example))
+    refused = []
+    for side in (example, *others):
+        x = noise(1, 3, side, side)
+        try:
+            assert small(x).shape == model(x).shape
+        except ValueError as error:
+            assert "would not come back" in str(error)
+            refused.append(side)
+    assert example not in refused and 96 not in refused and len(refused) < 4
+
+
+def test_pyramids_shrink_with_their_first_map() -> None:
+    """Features that still have the image's size are no predictions: every level shrinks alike."""
+    model = timm.create_model("vgg11", features_only=True, out_indices=(0, 1, 2))
+    x = noise(1, 3, 64, 64)
+    with pytest.warns(rc.RescompressWarning, match="an output has shape"):
+        small = rc.compress(model, scale=0.5, example_input=x)
+    assert [made.shape[-1] for made in small(x)] == [side // 2 for side in (y.shape[-1] for y in model(x))]
+
+
+def test_dense_outputs_that_cannot_be_restored_are_refused() -> None:
+    class Functional(nn.Module):
+        """Makes its map without a module that could be wrapped."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.weight = nn.Conv2d(3, 8, 3, padding=1), nn.Parameter(torch.ones(4, 8, 3, 3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.conv2d(self.stem(x), self.weight, padding=1)
+
+    with pytest.raises(rc.UnsupportedModelError, match=r"predicts for every pixel of the image\. Name the module"):
+        rc.compress(Functional(), scale=0.5, example_input=noise(1, 3, 64, 64))

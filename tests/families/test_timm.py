@@ -54,6 +54,7 @@ QUICK = (
 
 BY_ARITHMETIC: dict[str, tuple[float, str]] = {
     "efficientformer_l1": (0.05, "its original is made for one resolution"),
+    "samvit_base_patch16_224": (0.06, "the original fills up windows of 14 x 14 on any map; ours shrink with the grid"),
 }
 """Entry point: how far its cost may lie from that of the smaller grid's share, and why no original could be counted."""
 
@@ -175,13 +176,11 @@ def test_the_original_is_untouched(pair: Pair) -> None:
 def test_cost_falls_as_predicted(pair: Pair) -> None:
     measured, before = count_macs(pair.small, pair.x).macs, count_macs(pair.original, pair.x).macs
     assert measured < before
-    predicted = predicted_macs(pair)
     if pair.name in BY_ARITHMETIC:
-        assert predicted is None, f"{pair.name} can be counted at the smaller size: take it from BY_ARITHMETIC"
         allowed, _ = BY_ARITHMETIC[pair.name]
         assert measured == pytest.approx(share_of_grid(pair) * before, rel=allowed)
     else:
-        assert measured == pytest.approx(predicted, rel=TOLERANCE.get(pair.name, 1e-6))
+        assert measured == pytest.approx(predicted_macs(pair), rel=TOLERANCE.get(pair.name, 1e-6))
 
 
 def anatomy_of(pair: Pair) -> Anatomy:
@@ -202,18 +201,12 @@ def share_of_grid(pair: Pair) -> float:
     return (new[0] * new[1]) / (old[0] * old[1])
 
 
-def predicted_macs(pair: Pair) -> float | None:
-    """Return the count of the original for the image that makes the smaller grid, with a stem that reads the whole one.
-
-    None where the original cannot be built or run for such an image.
-    """
+def predicted_macs(pair: Pair) -> float:
+    """Return the count of the original for the image that makes the smaller grid, with a stem that reads it whole."""
     step = rc.spec_of(pair.small).steps[0]
     side = small_of(pair.name).smaller or pair.x.shape[-1] // 2
     x = pair.x.new_empty(2, 3, side, side, device="meta")
-    try:
-        at_small = count_macs(build(pair.name, side, device="meta"), x)
-    except Exception:  # the original's own limits
-        return None
+    at_small = count_macs(build(pair.name, side, device="meta"), x)
     if isinstance(step, rc.InputResize):
         return at_small.macs
     whole = count_macs(pair.original, pair.x)
@@ -231,6 +224,8 @@ READERS = {"crossvit_tiny_240": ("patch_embed.0.proj", "patch_embed.1.proj")}
 
 TOLERANCE: dict[str, float] = {
     "davit_tiny": 0.03,  # the original fills up windows that are larger than its map; the compressed one's fit
+    "tiny_vit_5m_224": 0.03,  # so does this one
+    "swinv2_cr_tiny_384": 0.03,  # the original's windows are a part of its image, so smaller ones at the smaller size
     "gcvit_xxtiny": 0.01,  # windows are cut otherwise at the smaller size
 }
 """Entry point: how far its cost may lie from the count of the original at the smaller size."""

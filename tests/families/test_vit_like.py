@@ -15,11 +15,13 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 import rescompress as rc
-from rescompress.anatomy import ConvAnatomy, ViTAnatomy
+from rescompress import surgery
+from rescompress.anatomy import ConvAnatomy, Grid, ViTAnatomy
 from rescompress.compress import record_of
 from rescompress.families.convit import distances
 from rescompress.layers.grid_matrices import resample_matrix
 from rescompress.layers.map_tokens import MapTokens
+from rescompress.layers.positions import TableLoader
 from rescompress.layers.resize import Resize2d
 from rescompress.measure import count_macs
 from tests.zoo import randomize
@@ -218,12 +220,58 @@ def test_attention_biases_by_distance_are_resampled_and_indexed_anew() -> None:
     assert after.attention_bias_idxs.tolist() == [[0, 1, 2, 3], [1, 0, 3, 2], [2, 3, 0, 1], [3, 2, 1, 0]]
 
 
-def test_models_that_have_run_with_gradients_can_be_compressed() -> None:
-    """LeViT keeps biases that hang on the graph of its last forward, with which it cannot be copied."""
-    model = randomize(build("levit")).eval()
-    model(image("levit"))
-    small = rc.compress(model, scale=0.5, example_input=image("levit"))
-    assert_close(outputs(small, image("levit")), outputs(compressed("levit"), image("levit")))
+@pytest.mark.parametrize("name", ["levit", "efficientformerv2"])
+def test_models_that_have_run_with_gradients_can_be_compressed(name: str) -> None:
+    """They keep biases that hang on the graph of their last forward, with which they cannot be copied."""
+    model = randomize(build(name)).eval()
+    model(image(name))
+    kept = [module.attention_bias_cache for module in model.modules() if hasattr(module, "attention_bias_cache")]
+    small = rc.compress(nn.Sequential(model), scale=0.5, example_input=image(name))
+    assert_close(outputs(small, image(name)), outputs(compressed(name), image(name)))
+    assert all(kept)
+
+
+def test_a_compressed_model_that_has_run_with_gradients_is_compressed_further() -> None:
+    small = copy.deepcopy(compressed("levit"))
+    small(image("levit"))
+    assert_close(outputs(rc.fold(small, image("levit")), image("levit")), outputs(small, image("levit")))
+    further = [rc.compress(model, rc.InputResize(scale=0.5)) for model in (small, compressed("levit"))]
+    assert_close(outputs(further[0], image("levit")), outputs(further[1], image("levit")))
+
+
+def test_a_copy_holds_what_hung_on_a_graph_and_the_original_keeps_its_own() -> None:
+    class Last(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            self.last = {"output": [super().forward(x)]}
+            return self.last["output"][0]
+
+    model = Last(2, 2)
+    made = model(torch.ones(1, 2))
+    copied = surgery.deep_copy(model)
+    assert_close(copied.last["output"][0], made)
+    assert not copied.last["output"][0].requires_grad
+    assert model.last["output"][0] is made
+
+
+def test_checkpoints_of_each_reduction_load_into_the_second_where_grids_are_wide() -> None:
+    """64 rows of a table are 4 x 16 positions of the once compressed model, not 8 x 8."""
+    model = randomize(timm.create_model("vit_tiny_patch16_224", img_size=(128, 512), depth=1, num_classes=5)).eval()
+    x = torch.randn(1, 3, 128, 512, generator=torch.Generator().manual_seed(1))
+    once = rc.compress(model, rc.PatchResize(scale=0.5), example_input=x)
+    twice = rc.compress(once, rc.PatchResize(scale=0.5))
+    expected = outputs(twice, x)
+    for source in (once, model):
+        loaded = copy.deepcopy(twice)
+        loaded.load_state_dict(source.state_dict())
+        assert_close(outputs(loaded, x), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("rows", "grid"), [(64, (4, 16)), (256, (8, 32)), (16, (2, 8)), (1024, (16, 64)), (17, None), (0, None)]
+)
+def test_a_loaded_table_has_the_aspect_of_the_grid_from_before(rows: int, grid: Grid | None) -> None:
+    loader = TableLoader("table", "tokens", (8, 32), (4, 16), 1)
+    assert loader._grid_of(torch.zeros(1, rows + 1, 3)) == grid
 
 
 @pytest.mark.parametrize("name", ["coat", "efficientformer", "efficientformerv2"])

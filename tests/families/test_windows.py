@@ -30,6 +30,8 @@ from torchvision.models.swin_transformer import SwinTransformer as TorchvisionSw
 import rescompress as rc
 from rescompress.errors import RescompressWarning, SmallerGridError
 from rescompress.families._windows import clipped, dividing, relative_index
+from rescompress.families.byobnet import _block_size
+from rescompress.layers.positions import resample_table
 from tests.zoo import randomize
 
 SWIN = {"num_classes": 5, "embed_dim": 16, "depths": (2, 2), "num_heads": (1, 2)}
@@ -98,6 +100,19 @@ def _byobnet(side: int, layer: str, **options: Any) -> nn.Module:
     return ByobNet(config, num_classes=5, img_size=side)
 
 
+def _bat(side: int) -> nn.Module:
+    block = {"type": "bottle", "d": 1, "s": 2, "gs": 16, "br": 0.5}
+    config = ByoModelCfg(
+        blocks=(ByoBlockCfg(c=32, **block), ByoBlockCfg(c=64, **block)),
+        stem_chs=16,
+        stem_type="3x3",
+        stem_pool="",
+        attn_layer="bat",
+        attn_kwargs={"block_size": 8},
+    )
+    return ByobNet(config, num_classes=5)
+
+
 Build = Callable[[int], nn.Module]
 
 MODELS: dict[str, tuple[Build, int]] = {
@@ -125,15 +140,21 @@ MODELS: dict[str, tuple[Build, int]] = {
     "botnet": (lambda side: _byobnet(side, "bottleneck", dim_head=8), 64),
     "halonet": (lambda side: _byobnet(side, "halo", block_size=8, halo_size=2, num_heads=2, dim_head=8), 64),
     "lambda": (lambda side: _byobnet(side, "lambda", r=None), 64),
+    "bat": (_bat, 64),
 }
+
+
+def build(name: str) -> nn.Module:
+    make, side = MODELS[name]
+    return randomize(make(side)).eval()
 
 
 class Compressed:
     """A model of this file at scale 0.5, and what was known of it before."""
 
     def __init__(self, name: str, kind: str) -> None:
-        build, side = MODELS[name]
-        self.original = randomize(build(side)).eval()
+        side = MODELS[name][1]
+        self.original = build(name)
         self.x = torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(1))
         self.state = {key: value.clone() for key, value in self.original.state_dict().items()}
         self.buffers = {key: value.clone() for key, value in self.original.named_buffers()}
@@ -167,6 +188,53 @@ def test_names_survive_and_old_checkpoints_load(name: str) -> None:
         torch.testing.assert_close(loaded(case.x), case.output, rtol=1e-5, atol=1e-5)
         loaded.load_state_dict(case.small.state_dict())
         torch.testing.assert_close(loaded(case.x), case.output, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ["tiny vit", "efficientvit msra"])
+def test_new_weights_count_after_a_forward_that_has_kept_biases(name: str) -> None:
+    case = compressed(name)
+    loaded = copy.deepcopy(case.small)
+    with torch.no_grad():
+        for parameter in loaded.parameters():
+            parameter.mul_(2)
+        loaded(case.x)  # the host gathers its biases from these tables
+        loaded.load_state_dict(case.state)
+        torch.testing.assert_close(loaded(case.x), case.output, rtol=1e-5, atol=1e-5)
+
+
+class Features(nn.Module):
+    """A head around a network whose own forward is not called."""
+
+    def __init__(self, body: nn.Module) -> None:
+        super().__init__()
+        self.body = body
+
+    def forward(self, x: Tensor) -> Tensor:
+        made: Tensor = self.body.forward_features(x)  # type: ignore[operator]
+        return made
+
+
+@pytest.mark.filterwarnings("ignore:.*an output has shape:rescompress.errors.RescompressWarning")
+@pytest.mark.parametrize("name", ["swin", "mvit class token", "davit", "tiny vit", "coatnet bias"])
+def test_a_host_whose_forward_is_bypassed_is_refitted_as_well(name: str) -> None:
+    case = compressed(name)
+    small = rc.compress(Features(case.original), scale=0.5, example_input=case.x)
+    with torch.no_grad():
+        torch.testing.assert_close(small(case.x), case.small.forward_features(case.x))  # type: ignore[operator]
+
+
+def test_a_warning_names_the_known_networks_that_stay_as_they_are() -> None:
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = (build("davit") for _ in range(2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.first(x) + self.second(x)
+
+    with pytest.warns(RescompressWarning, match="only 'first' is compressed.*'second'") as given:
+        rc.compress(Both(), scale=0.5, example_input=compressed("davit").x)
+    assert len(given) == 1
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -360,6 +428,35 @@ def test_export_equals_eager(name: str) -> None:
     program = torch.export.export(case.small, (case.x,))
     with torch.no_grad():
         torch.testing.assert_close(program.module()(case.x), case.output, rtol=1e-5, atol=1e-5)
+
+
+def test_bilinear_attention_gives_the_same_scores_to_lines_and_positions_that_are_alike() -> None:
+    """A score that every pair of parts had on the larger grid is what every pair has on the smaller one."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(3, 1, 1, 3, 8, 1, generator=generator).expand(3, 8, 8, 3, 8, 1).reshape(192, 3, 8, 1)
+    bias = torch.randn(3, 1, generator=generator).expand(3, 64).reshape(192)
+    line = torch.ones(1, 3, 8, 1)
+    made = resample_table(weight, "mixing", (8, 8), (6, 6), 3), resample_table(bias, "mixing", (8, 8), (6, 6), 3)
+    scores, smaller = F.conv2d(line, weight, bias), F.conv2d(line[:, :, :6], *made)
+    torch.testing.assert_close(smaller.view(3, 36), scores.view(3, 64)[:, :36])
+
+
+def test_bilinear_attention_keeps_which_parts_each_score_is_of() -> None:
+    """Scores that grow from row to row, and not from column to column, still do."""
+    bias = torch.arange(8.0)[:, None].expand(8, 8).reshape(64)
+    made = resample_table(bias, "mixing", (8, 8), (4, 4), 1).view(4, 4)
+    torch.testing.assert_close(made, made[:, :1].expand(4, 4))
+    torch.testing.assert_close(made[:, 0], torch.tensor([0.5, 2.5, 4.5, 6.5]), rtol=0, atol=0.1)
+
+
+@pytest.mark.parametrize(("side", "size"), [((48, 48), 8), ((12, 12), 6), ((3, 3), 3), ((16, 24), 8), ((12, 18), 6)])
+def test_square_blocks_divide_both_sides(side: tuple[int, int], size: int) -> None:
+    assert _block_size(8, side, "attention") == size
+
+
+def test_square_blocks_without_a_common_divisor_are_refused() -> None:
+    with pytest.raises(SmallerGridError, match="none near it divides both sides of its map of 10 x 14"):
+        _block_size(8, (10, 14), "attention")
 
 
 def test_clipped_windows() -> None:

@@ -325,3 +325,11 @@ def test_kernels_agree_on_cuda() -> None:
     linear.use("cuda_tiles")
     torch.testing.assert_close(linear(rows), wanted, rtol=0.05, atol=0.05)
     torch.testing.assert_close(linear.plain_weight(), plain, rtol=0, atol=0)
+
+
+def test_a_row_of_one_value_has_a_scale_of_its_own() -> None:
+    """Depthwise 1 x 1 convolutions (FastViT): torchao would take one range over all channels."""
+    weight = torch.tensor([0.5, -2.0, 0.01]).reshape(3, 1, 1, 1)
+    integers, scale = int8_rows(weight)
+    assert integers.shape == weight.shape
+    torch.testing.assert_close(integers.reshape(3) * scale, weight.reshape(3), rtol=1e-2, atol=0)

@@ -21,10 +21,14 @@ from rescompress.layers.token_positions import pool_bias, pool_rotary
 from rescompress.methods._tokens import coarsen_positions
 from tests.zoo import randomize
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*an output has shape")  # a sequence is what transformers' models give
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*an output has shape"),  # a sequence is what transformers' models give
+    pytest.mark.filterwarnings("ignore:.*pools all tokens and gives them as last_hidden_state"),
+]
 
 SMALL = {"img_size": 64, "num_classes": 7, "depth": 3}
 NARROW = {**SMALL, "embed_dim": 96, "num_heads": 3}
+EVA = {**NARROW, "img_size": 56, "ref_feat_shape": (4, 4)}
 HF = {
     "hidden_size": 48,
     "num_hidden_layers": 3,
@@ -49,8 +53,8 @@ def _hf(model: str, config: str, **options: object) -> Callable[[], nn.Module]:
 
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
-    "eva02": _timm("eva02_tiny_patch14_224", **{**NARROW, "img_size": 56}),
-    "eva post norm": _timm("eva02_tiny_patch14_224", use_post_norm=True, **{**NARROW, "img_size": 56}),
+    "eva02": _timm("eva02_tiny_patch14_224", **EVA),
+    "eva post norm": _timm("eva02_tiny_patch14_224", use_post_norm=True, **EVA),
     "dinov3": _timm("vit_small_patch16_dinov3", **NARROW),
     "mixed rotary": _timm("vit_small_patch16_rope_mixed_224", **NARROW),
     "beit": _timm("beit_base_patch16_224", **NARROW),
@@ -150,8 +154,6 @@ def test_talking_heads_count_a_token_as_often_as_its_members() -> None:
     attention = blocks_of(small)[1].attn
     x = torch.randn(1, 4, 96, generator=torch.Generator().manual_seed(0))
     sizes = torch.tensor([1, 3, 2, 1])
-    # The heads are mixed once more behind the softmax, with a bias that is added for each key, whatever its size.
-    attention.proj_w.bias.data.zero_()
     with torch.no_grad():
         weighed = attention(x, sizes.reshape(1, 4, 1).float(), None, {})[0]
         repeated = attention(x.repeat_interleave(sizes, 1), None, None, {})[0]
@@ -179,6 +181,18 @@ def test_a_pooled_rotary_angle_is_that_of_the_window_s_centre() -> None:
     centres = (0.4 * (rows[::2, ::3] + 0.5) + 0.3 * (columns[::2, ::3] + 1)).reshape(4, 1)
     torch.testing.assert_close(sin, centres.sin())
     torch.testing.assert_close(cos, centres.cos())
+
+
+@pytest.mark.parametrize(
+    ("name", "scale", "fastest"),
+    [("vit_small_patch16_rope_224", 0.25, "4.0"), ("eva02_tiny_patch14_224", 0.25, "4.0")],
+)
+def test_rotary_angles_that_say_nothing_of_the_middle_are_refused(name: str, scale: float, fastest: str) -> None:
+    m = timm.create_model(name, **{**NARROW, "img_size": 256 if "16" in name else 224})
+    x = torch.zeros(1, 3, *m.patch_embed.img_size)
+    rc.compress(m, rc.Spec.of(rc.PatchResize(scale=0.5), rc.TokenPool(after_block=0)), example_input=x)
+    with pytest.raises(rc.UnsupportedModelError, match=f"grow by up to {fastest} radians from one row of the 4 x 4"):
+        rc.compress(m, rc.Spec.of(rc.PatchResize(scale=scale), rc.TokenPool(after_block=0)), example_input=x)
 
 
 @pytest.mark.parametrize("kind", ["beit", "relpos bias cls", "relpos", "beit shared", "hf beit"])

@@ -11,8 +11,8 @@ import rescompress as rc
 from rescompress.layers.merge import (
     match_tokens,
     merge_matched,
-    merge_tokens,
     proportional_bias,
+    repeat_merged,
     source_of_matched,
 )
 from tests.zoo import randomize
@@ -47,7 +47,7 @@ def test_equals_the_slow_reference(case: tuple[int, int, int, int]) -> None:
     x = torch.randn(2, prefix + patches, 5, generator=generator, dtype=torch.float64)
     metric = torch.randn(2, prefix + patches, 4, generator=generator, dtype=torch.float64)
     size = torch.randint(1, 5, (2, prefix + patches, 1), generator=generator).double()
-    y, new_size = merge_tokens(x, size, metric, r, prefix)
+    y, new_size = merge_matched(x, size, match_tokens(metric, min(r, patches // 2), prefix), prefix)
     for i in range(2):
         expected, expected_size = reference(x[i], size[i], metric[i], r, prefix)
         torch.testing.assert_close(y[i], expected)
@@ -61,12 +61,26 @@ def test_keeps_the_weighted_sum_and_every_prefix_token(case: tuple[int, int, int
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(2, prefix + patches, 5, generator=generator, dtype=torch.float64)
     size = torch.randint(1, 5, (2, prefix + patches, 1), generator=generator).double()
-    y, new_size = merge_tokens(x, size, x, r, prefix)
+    y, new_size = merge_matched(x, size, match_tokens(x, min(r, patches // 2), prefix), prefix)
     torch.testing.assert_close((y * new_size).sum(1), (x * size).sum(1))
     torch.testing.assert_close(new_size.sum(1), size.sum(1))
     torch.testing.assert_close(y[:, :prefix], x[:, :prefix], rtol=0, atol=0)
     torch.testing.assert_close(new_size[:, :prefix], size[:, :prefix], rtol=0, atol=0)
     assert y.shape[1] == prefix + patches - min(r, patches // 2)
+
+
+@given(sequences)
+@settings(max_examples=50, derandomize=True, deadline=None)
+def test_a_repeated_token_stands_as_often_as_its_members(case: tuple[int, int, int, int]) -> None:
+    prefix, patches, _, seed = case
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(2, prefix + patches, 5, generator=generator)
+    size = torch.randint(1, 5, (1, prefix + patches, 1), generator=generator).expand(2, -1, -1).clone()
+    size[1, prefix:] = size[1, prefix:].flip(0)
+    size[:, :prefix] = 1
+    repeated = repeat_merged(x, size.float(), int(size[0, prefix:].sum()), prefix)
+    for i in range(2):
+        torch.testing.assert_close(repeated[i], x[i].repeat_interleave(size[i, :, 0], 0), rtol=0, atol=0)
 
 
 def test_proportional_attention_counts_a_token_as_often_as_its_members() -> None:
@@ -143,17 +157,18 @@ def test_an_average_pooling_head_takes_the_mean_over_all_patches() -> None:
             tokens = small.forward_features(X)
             if fc_norm:  # no norm stands between the blocks and the mean: then it is exact
                 torch.testing.assert_close(small(X), m(X), rtol=1e-5, atol=1e-5)
-            merged, size = merge_tokens(*unmerged_block(m), r=6, num_prefix_tokens=0)
+            x, keys = unmerged_block(m)
+            merged, size = merge_matched(x, torch.ones_like(x[..., :1]), match_tokens(keys, 6, 0), 0)
             mean = (m.norm(merged) * size).sum(1) / size.sum(1)
             torch.testing.assert_close(tokens.mean(1), mean, rtol=1e-5, atol=1e-5)
 
 
-def unmerged_block(m: torch.nn.Module) -> tuple[Tensor, None, Tensor]:
-    """Return the tokens after the first block's attention, no sizes, and its mean keys."""
+def unmerged_block(m: torch.nn.Module) -> tuple[Tensor, Tensor]:
+    """Return the tokens after the first block's attention, and its mean keys."""
     block = m.blocks[0]
     x = m._pos_embed(m.patch_embed(X))
     keys = block.attn.qkv(block.norm1(x)).reshape(2, 16, 3, 3, 64)[:, :, 1].mean(2)
-    return x + block.attn(block.norm1(x)), None, keys
+    return x + block.attn(block.norm1(x)), keys
 
 
 def test_blocks_that_cannot_be_adopted_are_refused() -> None:

@@ -14,8 +14,10 @@ from rescompress.layers.merge import (
     merge_matched,
     places_of,
     proportional_bias,
+    repeat_merged,
     source_of_matched,
     unpack,
+    weigh_merged,
 )
 from rescompress.layers.wrap import Wrapped
 
@@ -35,9 +37,11 @@ class MergingBlock(Adopted):
         goes_out: the same for its output
         places: whether it needs the places of merged tokens, for its position embeddings
         dense: whether it merges at its entry, by the tokens themselves, and gives every token back at its exit
+        repeats: whether it gives each token as often as the patches it stands for, in no particular order
+        weighs: whether it scales tokens, so that their plain mean is that over the patches
     """
 
-    __constants__ = ["comes_in", "dense", "goes_out", "grid", "num_prefix_tokens", "places", "r"]
+    __constants__ = ["comes_in", "dense", "goes_out", "grid", "num_prefix_tokens", "places", "r", "repeats", "weighs"]
 
     r: int
     num_prefix_tokens: int
@@ -46,6 +50,8 @@ class MergingBlock(Adopted):
     goes_out: int
     places: bool
     dense: bool
+    repeats: bool
+    weighs: bool
 
     def enter(self, x: Tensor) -> State:
         """Return the state with which the block computes."""
@@ -87,6 +93,10 @@ class MergingBlock(Adopted):
         x, size, place, source = state
         if source is not None:
             return x.gather(1, source.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+        if size is not None and self.repeats:
+            return repeat_merged(x, size, self.grid[0] * self.grid[1], self.num_prefix_tokens)
+        if size is not None and self.weighs:
+            return weigh_merged(x, size, self.num_prefix_tokens)
         if self.goes_out > 0:
             carried = torch.ones_like(x[..., :1]) if size is None else size
             x_with = torch.cat([x, carried.to(x.dtype)], dim=-1)
@@ -145,7 +155,4 @@ class MeanOfMerged(Wrapped):
 
     def forward(self, x: Tensor) -> Tensor:
         x, size = unpack(x, 1)
-        x = self.inner(x)
-        patches = size[:, self.num_prefix_tokens :]
-        weight = patches / patches.mean(dim=1, keepdim=True)
-        return torch.cat([x[:, : self.num_prefix_tokens], x[:, self.num_prefix_tokens :] * weight], dim=1)
+        return weigh_merged(self.inner(x), size, self.num_prefix_tokens)

@@ -103,7 +103,14 @@ class TalkingHeadsAttention(MergingAttention):
         logits = self.proj_l(((q * self.scale) @ k.transpose(-2, -1)).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         if size is not None:
             logits = logits + size.log()[:, None, None, :, 0]
-        weights = self.proj_w(logits.softmax(dim=-1).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        weights = logits.softmax(dim=-1).permute(0, 2, 3, 1)
+        if size is None:
+            weights = self.proj_w(weights)
+        else:
+            # The heads are mixed with a bias for each key: for one patch's share of the token's weight, then for all.
+            share = size[:, None]
+            weights = self.proj_w(weights / share) * share
+        weights = weights.permute(0, 3, 1, 2)
         x = (self.attn_drop(weights) @ v).transpose(1, 2).flatten(2)
         return self.proj_drop(self.proj(x)), None, k.mean(dim=1)
 
