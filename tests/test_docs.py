@@ -4,6 +4,7 @@ import dataclasses
 import re
 import sys
 import types
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -63,9 +64,10 @@ def test_python_blocks_run(
 ) -> None:
     if page.stem == "mmseg":
         try:
-            import mmseg  # noqa: F401
+            import mmseg.models  # noqa: F401
         except ImportError as missing:  # OpenCV without the system's libGL raises it, too
             pytest.skip(f"mmseg cannot be imported: {missing}")
+        warnings.simplefilter("ignore")  # mmseg tells at each build that a default is one
     monkeypatch.chdir(tmp_path)
     if page.parent.name == "explanation":
         exec(EXPLAINED, vars(main_module))
