@@ -25,9 +25,6 @@ from tests.families.timm_classes import TIMM, build, image, small_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-REFUSED: dict[str, str] = {}
-"""Entry points that a plain scale=0.5 refuses, and why; at most five."""
-
 NOT_EXPORTED: dict[str, str] = {}
 """Entry points that torch.export does not take before anything is done to them, and what it says."""
 
@@ -81,9 +78,7 @@ def run(model: nn.Module, x: Tensor) -> list[Tensor]:
 
 @pytest.fixture(
     scope="module",
-    params=[
-        pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in TIMM if name not in REFUSED
-    ],
+    params=[pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in TIMM],
 )
 def pair(request: pytest.FixtureRequest) -> Pair:
     name = request.param
@@ -130,13 +125,6 @@ def test_every_class_of_timm_is_covered() -> None:
         with torch.device("meta"):
             model = timm.create_model(name)
         assert type(model) in covered, f"{name} is a {type(model).__name__}, which no entry of TIMM is"
-
-
-def test_few_are_refused() -> None:
-    assert len(REFUSED) <= 5
-    for name in REFUSED:
-        with pytest.raises(rc.UnsupportedModelError):
-            rc.compress(build(name), scale=0.5, example_input=image(name))
 
 
 def test_identity_of_the_default(pair: Pair) -> None:
