@@ -18,7 +18,7 @@ from rescompress.errors import RescompressWarning, SmallerGridError, SpecError, 
 from rescompress.families import _hf_config, describe
 from rescompress.families._base import image_of
 from rescompress.inputs import as_args, default_args, tensors_of
-from rescompress.self_check import apply_steps, self_check
+from rescompress.self_check import apply_steps, same_random_numbers, self_check
 from rescompress.spec import Samples, Spec, Stage, Step, check_scale
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -159,7 +159,8 @@ def _checked(
     """
     args, kwargs = _example(model, example_input)
     wanted = _wanted(spec, scale)
-    anatomy = _anatomy_of(model, args, kwargs, wanted)
+    with same_random_numbers():
+        anatomy = _anatomy_of(model, args, kwargs, wanted)
     resolved = wanted if isinstance(wanted, Spec) else default_spec(anatomy, wanted)
     samples = samples_of(args, kwargs, calibration)
     tried = replace(samples, calibration=samples.calibration[:1]) if few else samples

@@ -32,6 +32,10 @@ class ExportError(RescompressError, RuntimeError):
     """A model could not be written, or the written file does not compute what the model computes."""
 
 
+class CheckpointError(RescompressError, RuntimeError):
+    """A checkpoint of a training run could not be written."""
+
+
 class RescompressWarning(UserWarning):
     """Something was done otherwise than asked, and the message says what."""
 

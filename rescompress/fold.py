@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_map
 
 from rescompress import surgery
 from rescompress.errors import RescompressWarning, UnsupportedModelError
+from rescompress.families import _hf_config
 from rescompress.inputs import as_args, default_args
 from rescompress.layers.composite import Axis, Pair, as_pair, axes_of, build, padding_of
 from rescompress.layers.folded import output_side
@@ -93,6 +94,7 @@ def fold(model: Model, example_input: Any = None, *, force: bool = False) -> Mod
     if any(decision.folded for decision, _ in plans):
         if record is not None:  # compress refuses what is folded
             setattr(folded, _RECORD, replace(record, folded=True))
+        _hf_config.forbid_saving_folded(folded)
     else:
         why = "; ".join(str(decision) for decision, _ in plans) or "no convolution of it is followed by a resize"
         warnings.warn(

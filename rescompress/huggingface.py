@@ -145,7 +145,16 @@ def _anatomy(module: nn.Module, one: dict[str, Any]) -> Anatomy:
     """Describe the uncompressed module, by the host inside it where that has a family of its own."""
     size = (int(one["input_size"][0]), int(one["input_size"][1]))
     found = surgery.get(module, one["host"])
-    anatomy = describe(found, (default_input(found, size).to("meta"),))
+    try:
+        anatomy = describe(found, (default_input(found, size).to("meta"),))
+    except UnsupportedModelError:
+        # DETR and its kin compute with values, which a model whose weights are still to come does not have. Where its
+        # parts are does not hang on them, so zeros do.
+        stand_in = surgery.clone_shared(found, "meta").to_empty(device="cpu")
+        with torch.device("cpu"), torch.no_grad():  # transformers loads under the meta device
+            for tensor in [*stand_in.parameters(), *stand_in.buffers()]:
+                tensor.zero_()
+            anatomy = describe(stand_in, (default_input(stand_in, size),))
     if one["host"]:
         anatomy = inside(anatomy, one["host"])
     return replace(anatomy, multiple=int(one["multiple"]))

@@ -4,8 +4,10 @@ Clones share the model's weights. At zero reduction a clone must give the model'
 run, call every module that was put in, cost less, and give outputs of the same kind.
 """
 
+import contextlib
 import traceback
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +18,17 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import flop_registry
 
 from rescompress import surgery
-from rescompress.anatomy import Anatomy, ConvAnatomy, ViTAnatomy
+from rescompress.anatomy import Anatomy, ConvAnatomy, Grid, ViTAnatomy
 from rescompress.errors import RescompressWarning, SmallerGridError, SpecError, UnsupportedModelError, one_line
 from rescompress.families._base import image_of
+from rescompress.families._tables import TableReads, read_in_part
 from rescompress.layers.wrap import RestoredMap
-from rescompress.spec import Samples, Spec, Stage
+from rescompress.spec import Samples, Spec, Stage, Step
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
-_FIXED_GRID = (
-    "; its positions may be laid out for one grid; describe it by a family: docs/how-to/add-a-family.md (one file)"
-)
+_TO_A_FAMILY = "describe it by a family: docs/how-to/add-a-family.md (one file)"
+_FIXED_GRID = f"; its positions may be laid out for one grid; {_TO_A_FAMILY}"
 
 
 def self_check(
@@ -49,7 +51,7 @@ def self_check(
     given = Samples(call) if samples is None else samples
     visible = _visible_weights(model)
     original = _clone(model, visible)
-    reference, cost_before = _run(original, call, "the model itself does not run on its example input")
+    reference, cost_before, read_before = _run(original, call, "the model itself does not run on its example input")
     if not _tensors(reference):
         raise UnsupportedModelError(f"this {name} returns no tensors that could be compared")
     _refuse_empty_outputs(reference, name)
@@ -63,7 +65,7 @@ def self_check(
     identity = _clone(model, visible)
     unchanged, _ = apply_steps(identity, spec.identity(), anatomy, given)
 
-    same, _ = _run(identity, call, f"{kinds} at zero reduction breaks this {name}")
+    same, *_ = _run(identity, call, f"{kinds} at zero reduction breaks this {name}")
     difference = _difference(reference, same)
     if difference is not None and _difference(reference, _run(original, call, "the model itself")[0]) is not None:
         raise UnsupportedModelError(
@@ -80,13 +82,15 @@ def self_check(
     called = _watch_new_modules(reduced, before)
     where = "on the smaller grid of" if resizes else "after"
     failing = SmallerGridError if resizes else UnsupportedModelError
-    small, cost_after = _run(reduced, call, f"this {name} does not work {where} {kinds}", failing)
+    small, cost_after, read_after = _run(reduced, call, f"this {name} does not work {where} {kinds}", failing)
     idle = [fqn for fqn, was_called in called.items() if not was_called]
     if idle:
         raise UnsupportedModelError(
             f"{kinds} would change nothing: the forward of this {name} never calls its module {idle[0]!r}, but reaches "
             "what it does in another way"
         )
+    if isinstance(anatomy, ConvAnatomy) and isinstance(smaller, ConvAnatomy):
+        _refuse_lost_positions(read_before, read_after, (anatomy.stem_grid, smaller.stem_grid), kinds, name)
     # keep=1.0 is no step of zero reduction by its options, and yet reduces nothing. The cost of a detector hangs on how
     # many things it finds.
     counts = not _are_detections(reference)
@@ -99,7 +103,73 @@ def self_check(
             f"{kinds} saves nothing in this {name}: {cost_before / 2e6:.2f} MMACs before, {cost_after / 2e6:.2f} after"
             f"{remedy}"
         )
+    if counts and resizes and _has_body(model, anatomy):
+        _refuse_idle_steps(model, spec, anatomy, given)
     return messages + _compare_kinds(reference, small, image.shape[2:], kinds, name)
+
+
+def _refuse_lost_positions(
+    before: TableReads, after: TableReads, grids: tuple[Grid, Grid], kinds: str, name: str
+) -> None:
+    """Raise where the smaller map takes the first rows of a table of positions, which are those of other places.
+
+    Raises:
+        UnsupportedModelError: it does; no shape tells, and so the network runs.
+    """
+    (rows, columns), (fewer_rows, fewer_columns) = grids
+    found = read_in_part(before, after, fewer_rows * fewer_columns / (rows * columns))
+    if found is not None:
+        table, read, of = found
+        raise UnsupportedModelError(
+            f"{kinds} would put the positions of this {name} in wrong places: on the smaller map it reads {read} of "
+            f"the {of} rows of {table!r} that it read before, where the table should be resampled; {_TO_A_FAMILY}"
+        )
+
+
+def _refuse_idle_steps(model: nn.Module, spec: Spec, anatomy: Anatomy, samples: Samples) -> None:
+    """Raise where one of several steps makes the grid smaller and saves nothing, which the others would hide.
+
+    Costs are counted on the meta device, or where the model does not run there, on its own.
+
+    Raises:
+        UnsupportedModelError: one does.
+    """
+    steps = tuple(step for step in spec if step.stage < Stage.PRECISION)
+    if len(steps) < 2:
+        return
+    counted: list[tuple[Anatomy, int]] = []
+    # A model that computes with values fails on the meta device; and where the first steps alone make a grid that does
+    # not fit the network, there is nothing to count.
+    for device in ("meta", None):
+        with contextlib.suppress(Exception):
+            counted = counted or _costs(model, steps, anatomy, samples, device)
+    is_vit = isinstance(anatomy, ViTAnatomy)
+    for step, (old, before), (new, after) in zip(steps, counted, counted[1:], strict=False):
+        saves = after != before if is_vit else after < before
+        if new != old and not saves:
+            raise UnsupportedModelError(
+                f"{step.to_dict()} saves nothing in this {type(model).__name__}: {before / 2e6:.2f} MMACs before this "
+                f"step, {after / 2e6:.2f} after; leave it out, or take a smaller grid"
+            )
+
+
+def _costs(
+    model: nn.Module, steps: tuple[Step, ...], anatomy: Anatomy, samples: Samples, device: str | None
+) -> list[tuple[Anatomy, int]]:
+    """Return the anatomy and the floating-point operations of the model before any step and after each."""
+    call: Call = samples.example or ((), {})
+    if device is not None:
+        call = tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, call)
+        samples = Samples(call)
+    found = []
+    for count in range(len(steps) + 1):
+        clone, reached = surgery.clone_shared(model, device).eval(), anatomy
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RescompressWarning)  # given already
+            if count:
+                reached, _ = apply_steps(clone, Spec(steps[:count]), anatomy, samples)
+        found.append((reached, _run(clone, call, "counting costs")[1]))
+    return found
 
 
 def _refuse_empty_example(image: Tensor, name: str) -> None:
@@ -223,13 +293,13 @@ class _CountProducts(TorchDispatchMode):
 
 def _run(
     model: nn.Module, call: Call, failing: str, kind: type[UnsupportedModelError] = UnsupportedModelError
-) -> tuple[Any, int]:
-    """Run a clone; return its outputs and the floating-point operations of its matrix products."""
+) -> tuple[Any, int, TableReads]:
+    """Run a clone; return its outputs, the floating-point operations of its matrix products and what tables it read."""
     args, kwargs = tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, call)
     fast_path = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # it hides the products, and rounds otherwise than plain attention
     try:
-        with torch.no_grad(), _CountProducts() as counter:
+        with torch.no_grad(), same_random_numbers(), _CountProducts() as counter, TableReads(model) as reads:
             outputs = model(*args, **kwargs)
     except Exception as error:  # the host's own code runs here and may raise anything
         shapes = [tuple(leaf.shape) for leaf in tree_leaves(call) if isinstance(leaf, Tensor)]
@@ -238,7 +308,18 @@ def _run(
         raise kind(f"{failing} (inputs {shapes}): {type(error).__name__}: {reason}{remedy}") from error
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
-    return outputs, counter.flops
+    return outputs, counter.flops, reads
+
+
+@contextlib.contextmanager
+def same_random_numbers() -> Iterator[None]:
+    """Let every run draw the same random numbers, for hosts that start from some in each call; the user's go on."""
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    with torch.random.fork_rng(devices):
+        torch.default_generator.manual_seed(0)
+        if devices:
+            torch.cuda.manual_seed_all(0)
+        yield
 
 
 def _where(error: BaseException) -> str:
@@ -277,7 +358,7 @@ def _difference_in_double(model: nn.Module, identity: Spec, anatomy: Anatomy, ca
     failing = f"this {type(model).__name__} does not run in double precision"
     # A copy: double() of a shared clone would convert the model's own weights.
     clone = surgery.deep_copy(model).double()
-    reference, _ = _run(clone, tree_map(double, call), failing)
+    reference, *_ = _run(clone, tree_map(double, call), failing)
     apply_steps(clone, identity, anatomy, Samples(tree_map(double, call)))
     return _difference(reference, _run(clone, tree_map(double, call), failing)[0])
 

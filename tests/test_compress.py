@@ -1,7 +1,9 @@
 """compress and compress_: defaults, refusals, going on from a compressed model, and nothing broken on errors."""
 
 import copy
+import random
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -89,6 +91,7 @@ def test_an_error_leaves_the_model_as_it_was() -> None:
         rc.spec_of(model)
 
 
+@pytest.mark.filterwarnings("ignore:token_merge.r=1 cannot be reached")
 def test_going_on_from_a_compressed_model() -> None:
     model, x = build("test_vit"), image("test_vit")
     spec = rc.Spec.of(rc.PatchResize(scale=0.5), rc.TokenMerge(r=1))
@@ -126,7 +129,7 @@ def test_stem_and_then_input(make: object) -> None:
     other = rc.compress(model, rc.Spec.of(*reversed(in_turn.steps)), example_input=x)
     with torch.no_grad():
         torch.testing.assert_close(small(x), other(x), rtol=0, atol=0)
-    with pytest.raises(rc.SpecError, match=r"which stem_resize\.size=.* would enlarge"):
+    with pytest.raises(rc.SpecError, match=r"input_resize\.scale=0\.5 leaves a 16 x 16 .* would enlarge to 24 x 24"):
         rc.compress(model, rc.Spec.of(rc.StemResize(size=24), rc.InputResize(scale=0.5)), example_input=x)
 
 
@@ -173,8 +176,9 @@ def test_vit_input_resize_equals_the_original_at_that_size() -> None:
     with torch.no_grad():
         y = nn.functional.interpolate(x, size=(64, 64), mode="bicubic", antialias=True)
         torch.testing.assert_close(small(x), model(y), rtol=1e-5, atol=1e-5)
-    with pytest.raises(rc.SpecError, match="no multiple of the 16 px patches; nearest: 64 or 80"):
-        rc.compress(build("test_vit"), rc.InputResize(size=70), example_input=torch.rand(1, 3, 96, 96))
+    for size, nearest in ((70, "64 or 80"), (15, "16")):
+        with pytest.raises(rc.SpecError, match=f"no multiple of the 16 px patches; nearest: {nearest}$"):
+            rc.compress(build("test_vit"), rc.InputResize(size=size), example_input=torch.rand(1, 3, 96, 96))
 
 
 def test_vit_input_resize_with_dynamic_images() -> None:
@@ -229,10 +233,72 @@ class Dense(nn.Module):
         return self.head(x.mean((2, 3)))
 
 
+class PlainViT(nn.Module):
+    """A ViT of a class that no family knows; `positions` reads as many rows of its table as there are tokens."""
+
+    def __init__(self, positions: Callable[[nn.Embedding, int], Tensor], rows: int = 16) -> None:
+        super().__init__()
+        self.positions = positions
+        self.patch, self.table = nn.Conv2d(3, 8, 8, 8), nn.Embedding(rows, 8)
+        self.block, self.head = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patch(x).flatten(2).transpose(1, 2)
+        return self.head(self.block(x + self.positions(self.table, x.shape[1])).mean(1))
+
+
+def sliced(table: nn.Embedding, count: int) -> Tensor:
+    return table.weight[:count]
+
+
+def looked_up(table: nn.Embedding, count: int) -> Tensor:
+    return table(torch.arange(count, device=table.weight.device))
+
+
+def indexed(table: nn.Embedding, count: int) -> Tensor:
+    return table.weight.to(torch.float64)[torch.arange(count, device=table.weight.device)].float()
+
+
+def interpolated(table: nn.Embedding, count: int) -> Tensor:
+    side = round(count**0.5)
+    return nn.functional.interpolate(table.weight.T.reshape(1, 8, 4, 4), size=(side, side)).flatten(2).mT
+
+
+def along_sides(table: nn.Embedding, count: int) -> Tensor:
+    side = torch.arange(round(count**0.5), device=table.weight.device)
+    return (table(side)[:, None] + table(side)[None]).flatten(0, 1)
+
+
+@pytest.mark.parametrize("step", [rc.StemResize, rc.InputResize])
+@pytest.mark.parametrize("rows", [16, 30])
+@pytest.mark.parametrize("positions", [sliced, looked_up, indexed])
+def test_positions_of_other_places_are_refused(positions: object, rows: int, step: type[rc.Step]) -> None:
+    """The first 4 of 16 positions are the top row of the old grid, and no grid of 2 x 2; yet the network runs."""
+    with pytest.raises(rc.UnsupportedModelError, match=r"reads 4 of the 16 rows of 'table.weight'.*add-a-family\.md"):
+        rc.compress(PlainViT(positions, rows).eval(), step(scale=0.5), example_input=torch.rand(1, 3, 32, 32))
+
+
+@pytest.mark.parametrize("positions", [interpolated, along_sides])
+def test_positions_that_follow_the_grid_are_taken(positions: object) -> None:
+    model, x = PlainViT(positions).eval(), torch.rand(1, 3, 32, 32)
+    small = rc.compress(model, rc.InputResize(scale=0.5, antialias=False), example_input=x)
+    halved = nn.functional.interpolate(x, scale_factor=0.5, mode="bilinear")
+    with torch.no_grad():
+        torch.testing.assert_close(small(x), model(halved))
+
+
+def test_the_image_is_resized_in_front_of_branches() -> None:
+    model, x = nn.Sequential(TwoReaders()), torch.rand(2, 3, 32, 32)
+    small = rc.compress(model, scale=0.5, example_input=x)
+    assert rc.spec_of(small).steps[0].kind == "input_resize"
+    halved = nn.functional.interpolate(x, scale_factor=0.5, mode="bilinear", antialias=True)
+    torch.testing.assert_close(small(x), model(halved))
+
+
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        (TwoReaders(), r"reads the image in 2 convolutions \(a, b\)"),
+        (TwoReaders(), r"reads the image in 2 convolutions \(a, b\).*compress torch\.nn\.Sequential\(model\)"),
         (Fixed(), "does not work on the smaller grid of stem_resize .* mat1 and mat2"),
         (Skip(), "does not work on the smaller grid"),
         (Dense(), "saw no nn.Conv2d run"),
@@ -283,12 +349,31 @@ def test_half_precision_and_channels_last() -> None:
         assert small(x).dtype == torch.bfloat16
 
 
-def test_random_state_is_left_alone() -> None:
-    model = build("test_vit")
+class Noisy(nn.Module):
+    """Draws random numbers in every call, as heads that start an iteration from some do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.body = nn.Conv2d(3, 4, 3, 2, 1), nn.Conv2d(4, 4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.body(self.conv(x)) + torch.randn(())).mean((2, 3))
+
+
+@pytest.mark.filterwarnings("ignore:token_merge.r=1 cannot be reached")
+@pytest.mark.parametrize(
+    ("model", "x", "spec"),
+    [
+        (build("test_vit"), image("test_vit"), rc.Spec.of(rc.PatchResize(scale=0.5), rc.TokenMerge(r=1))),
+        (Noisy(), torch.rand(1, 3, 32, 32), rc.Spec.of(rc.StemResize(scale=0.5))),
+    ],
+    ids=["vit", "a host that draws numbers"],
+)
+def test_random_state_is_left_alone(model: nn.Module, x: Tensor, spec: rc.Spec) -> None:
     torch.manual_seed(0)
     expected = torch.rand(3)
     torch.manual_seed(0)
-    rc.compress(model, rc.Spec.of(rc.PatchResize(scale=0.5), rc.TokenMerge(r=1)), example_input=image("test_vit"))
+    rc.compress(model, spec, example_input=x)
     torch.testing.assert_close(torch.rand(3), expected, rtol=0, atol=0)
 
 
@@ -341,13 +426,15 @@ class Labels(nn.Module):
         return (y if type(self.conv) is nn.Conv2d else -y).argmax(1)
 
 
-class Noisy(nn.Module):
+class Changing(nn.Module):
+    """Gives other outputs from call to call, whatever torch's random state is."""
+
     def __init__(self) -> None:
         super().__init__()
         self.conv = nn.Conv2d(3, 4, 3, 2, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return (self.conv(x) + torch.randn(())).mean((2, 3))
+        return (self.conv(x) + random.random()).mean((2, 3))
 
 
 class Counts(nn.Module):
@@ -379,7 +466,7 @@ class NoTensors(nn.Module):
         (SideBranch(), "saves nothing in this SideBranch"),
         (NormalisedTwoReaders(), "in 2 convolutions"),
         (Labels(), "at zero reduction changes what"),
-        (Noisy(), "other outputs from call to call"),
+        (Changing(), "other outputs from call to call"),
         (NoTensors(), "no tensors that could be compared"),
     ],
 )
@@ -501,6 +588,33 @@ def test_pooling_behind_the_last_block_saves_nothing() -> None:
         rc.compress(model, rc.TokenPool(after_block=-1, stride=2), example_input=image("test_vit"))
     same = rc.compress(model, rc.TokenPool(after_block=-1, stride=1), example_input=image("test_vit"))
     torch.testing.assert_close(same(image("test_vit")), model(image("test_vit")))
+
+
+class CroppedBranch(nn.Module):
+    """Its map has one size whatever the stem's, as behind an adaptive pooling: the stem alone costs less."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.pool, self.body = nn.Conv2d(3, 8, 3, 2, 1), nn.AdaptiveAvgPool2d(8), nn.Conv2d(8, 8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(self.pool(self.conv(x))).mean((2, 3))
+
+
+@pytest.mark.parametrize(
+    ("model", "spec"),
+    [
+        (build("test_vit"), rc.Spec.of(rc.PatchResize(scale=0.5), rc.TokenPool(after_block=-1, stride=2))),
+        (CroppedBranch(), rc.Spec.of(rc.InputResize(scale=0.5), rc.StemResize(scale=0.5))),
+    ],
+    ids=["pooling behind the last block", "stem in front of an adaptive pooling"],
+)
+def test_a_step_that_saves_nothing_beside_others_is_refused(model: nn.Module, spec: rc.Spec) -> None:
+    """The whole spec costs less; refused is the step that has no part in it."""
+    x = torch.rand(1, 3, 64, 64)
+    rc.compress(model, spec.steps[0], example_input=x)
+    with pytest.raises(rc.UnsupportedModelError, match=rf"{spec.steps[1].kind}.* saves nothing .* before this step"):
+        rc.compress(model, spec, example_input=x)
 
 
 def test_errors_of_the_smaller_grid_name_the_place_and_the_remedy() -> None:

@@ -5,7 +5,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from rescompress.cli import console, predictions
 from rescompress.cli.images import calibration_batches, calibration_files, default_photograph, open_image
@@ -39,7 +39,7 @@ class Outcome:
         small: the compressed model
         folding: what became of each resize behind a convolution
         image: file of the photograph
-        before: the original's best classes; None if it gives no class scores
+        before: the original's best classes, or all things that a detector found; None if it gives neither
         after: the compressed model's
         difference: relative difference of the outputs; None where their shapes differ
         comparison: before and after, measured
@@ -85,12 +85,13 @@ def compress_and_show(args: argparse.Namespace) -> None:
 
     with console.step(f"building {args.model}"):
         loaded = load_model(request_of(args))
-    x = loaded.transform(image).unsqueeze(0)
+    x = loaded.call(loaded.transform(image).unsqueeze(0))
     with console.step("compressing, and checking that nothing else changes"):
         if spec is None:
             spec = scaled_spec(loaded.model, x, args.scale, args.settings, args.quantize)
         # Either photographs, or the word random, or nothing.
-        calibration = calibration_batches(photographs, loaded.transform) or args.calibration
+        batches = [loaded.call(batch) for batch in calibration_batches(photographs, loaded.transform)]
+        calibration = batches or args.calibration
         small = compress(loaded.model, spec, example_input=x, calibration=calibration).eval()
         folding = fold_decisions(small, x)
         deployed = fold(small, x).eval() if any(decision.folded for decision in folding) else small
@@ -132,9 +133,13 @@ def compress_and_show(args: argparse.Namespace) -> None:
 
 
 def _outputs(
-    loaded: Loaded, deployed: nn.Module, x: Tensor
+    loaded: Loaded, deployed: nn.Module, x: Any
 ) -> tuple[list[Prediction] | None, list[Prediction] | None, float | None]:
-    original, small = predictions.run(loaded.model, x), predictions.run(deployed, x)
+    outputs = [predictions.run(model, x) for model in (loaded.model, deployed)]
+    if loaded.takes_list:
+        old, new = (predictions.found_things(output, loaded.labels) for output in outputs)
+        return old, new, None
+    original, small = (predictions.first_output(output) for output in outputs)
     difference = None if original is None or small is None else predictions.relative_difference(original, small)
     return (
         predictions.top_classes(original, loaded.labels),
@@ -192,12 +197,12 @@ def show(outcome: Outcome) -> None:
     console.out()
     _show_predictions(outcome)
     if outcome.written is not None:
-        _show_file(outcome.written, loaded.input_size)
+        _show_file(outcome.written, loaded)
 
 
-def _show_file(path: Path, input_size: tuple[int, int]) -> None:
+def _show_file(path: Path, loaded: Loaded) -> None:
     data, name = _file_data(path), SUFFIXES[suffix_of(path) or ""]
-    height, width = input_size
+    height, width = loaded.input_size
     shape = {
         "batch": f"(batch, 3, {height}, {width})",
         "size": "(batch, 3, height, width)",
@@ -207,6 +212,10 @@ def _show_file(path: Path, input_size: tuple[int, int]) -> None:
     console.out(f"wrote {path}: {console.size(data['bytes'])}, {name}, with its spec inside")
     console.out(f"use it, without rescompress: {_USES[data['format']].format(path=repr(str(path)))}")
     console.out(f"or, looked at before it is loaded: rescompress.load({str(path)!r})(x)")
+    if loaded.takes_list:
+        console.out("x is a list of images (3, height, width) in [0, 1]; import torchvision first, for its operators")
+        console.out("it gives (losses, detections), as scripted detectors of torchvision do; the losses are empty")
+        return
     console.out(f"x is {shape}, normalised as rescompress inspect {path} says")
 
 
@@ -218,7 +227,15 @@ def _as_deployed(folding: tuple[FoldDecision, ...]) -> str:
 
 def _show_predictions(outcome: Outcome) -> None:
     caveat = "" if outcome.loaded.has_meaning else f" ({MEANINGLESS})"
-    if outcome.before is not None and outcome.after is not None:
+    if outcome.before is not None and outcome.after is not None and outcome.loaded.takes_list:
+        old, new = len(outcome.before), len(outcome.after)
+        console.out(
+            f"things found in {outcome.image.name}: {old} by the original, {new} by the compressed model{caveat}"
+        )
+        if old or new:
+            best = (outcome.before[: predictions.TOP], outcome.after[: predictions.TOP])
+            console.table(predictions.side_by_side(*best))
+    elif outcome.before is not None and outcome.after is not None:
         console.out(f"top {len(outcome.before)} classes of {outcome.image.name}{caveat}")
         console.table(predictions.side_by_side(outcome.before, outcome.after))
     elif outcome.difference is not None:

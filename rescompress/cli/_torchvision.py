@@ -3,6 +3,7 @@
 import inspect
 from typing import Any
 
+from torch import nn
 from torchvision import models
 from torchvision.transforms.functional import InterpolationMode
 
@@ -10,6 +11,10 @@ from rescompress.cli import download
 from rescompress.cli.images import plain_preprocessing, plain_transform
 from rescompress.cli.models import Loaded, Request, build, nearest, say_random
 from rescompress.errors import InputError, one_line
+from rescompress.inputs import default_args
+
+_NO_IMAGES = {"video": "clips of video (B, C, T, H, W)", "optical_flow": "pairs of images"}
+"""Parts of torchvision.models whose networks take something else than images."""
 
 
 def load(name: str, request: Request) -> Loaded:
@@ -22,7 +27,12 @@ def load(name: str, request: Request) -> Loaded:
     names = models.list_models()
     if name not in names:
         raise InputError(f"unknown model {name!r}: torchvision has none of this name{nearest(name, names)}")
-    default = models.get_model_weights(name).DEFAULT
+    builder = models.get_model_builder(name)
+    for kind, takes_what in _NO_IMAGES.items():
+        if builder.__module__.startswith(f"torchvision.models.{kind}."):
+            raise InputError(f"{reference} takes {takes_what}; the command line compresses networks of single images")
+    # A quantized_ name builds the network in floating point, and the integers of its own weights do not fit into that.
+    default = models.get_model_weights(name.removeprefix("quantized_")).DEFAULT
     options: dict[str, Any] = {}
     if request.num_classes is not None:
         options["num_classes"] = request.num_classes
@@ -32,7 +42,7 @@ def load(name: str, request: Request) -> Loaded:
         options["image_size"] = request.input_size[0]
 
     # Models of detection and segmentation would download a backbone of their own accord.
-    takes = inspect.signature(models.get_model_builder(name)).parameters
+    takes = inspect.signature(builder).parameters
     backbone = {"weights_backbone": None} if "weights_backbone" in takes else {}
 
     weights, reason = "random", None
@@ -49,7 +59,7 @@ def load(name: str, request: Request) -> Loaded:
         if request.weights is None:
             say_random(reference, reason)
 
-    transform, preprocessing, own_size = _transform(default, request.input_size)
+    transform, preprocessing, own_size = _transform(default, request.input_size, model)
     categories = default.meta.get("categories")
     return Loaded(
         reference=reference,
@@ -70,10 +80,18 @@ def _obstacle(url: str, options: dict[str, Any]) -> str | None:
     return f"{download.host_of(url)} cannot be reached"
 
 
-def _transform(weights: Any, size: tuple[int, int] | None) -> tuple[Any, dict[str, Any], tuple[int, int]]:
+def _transform(
+    weights: Any, size: tuple[int, int] | None, model: nn.Module
+) -> tuple[Any, dict[str, Any], tuple[int, int]]:
     """Return the transform that the weights were made for, at another size if asked for."""
     preset = weights.transforms()
-    if not hasattr(preset, "crop_size"):  # a detection or segmentation model: its images have no fixed size
+    args, _ = default_args(model)
+    if isinstance(args[0], list):  # a detector normalises its images itself
+        height, width = size or args[0][0].shape[-2:]
+        plain = (0.0,) * 3, (1.0,) * 3
+        described = plain_preprocessing() | {"mean": list(plain[0]), "std": list(plain[1])}
+        return plain_transform((height, width), *plain), described, (height, width)
+    if not hasattr(preset, "crop_size"):  # a segmentation model: its images have no fixed size
         own = size or (224, 224)
         return plain_transform(own), plain_preprocessing(), own
     side = preset.crop_size[0]

@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
     with console.step("measuring") as step:
         report = measure(
             loaded.model,
-            x,
+            loaded.call(x),
             name=loaded.reference,
             latency=not args.quick,
             peak_memory=not args.quick,

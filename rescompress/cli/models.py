@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from rescompress.cli import console
 from rescompress.cli.images import Transform, plain_preprocessing, plain_transform
 from rescompress.cli.weights import load_weights
 from rescompress.errors import InputError, did_you_mean, one_line
-from rescompress.inputs import default_input
+from rescompress.inputs import default_args, default_input
 
 _SOURCES = ("timm", "torchvision", "hf", "mmseg")
 
@@ -71,6 +71,20 @@ class Loaded:
     def has_meaning(self) -> bool:
         """Whether predictions mean anything."""
         return self.weights != "random"
+
+    @property
+    def takes_list(self) -> bool:
+        """Whether the model is a detector, which takes a list of images of any size."""
+        return isinstance(default_args(self.model)[0][0], list)
+
+    def call(self, images: Tensor) -> Any:
+        """Return images as the model takes them.
+
+        Shape:
+            - Input: (B, C, H, W)
+            - Output: the same, or for a detector a tuple of one list of B images (C, H, W)
+        """
+        return (list(images),) if self.takes_list else images
 
 
 Provider = Callable[[str, Request], Loaded]

@@ -11,7 +11,7 @@ from torch.export import Dim, ExportedProgram, export
 from torch.utils._pytree import tree_map
 
 from rescompress.errors import ExportError, RescompressWarning
-from rescompress.export.checking import Case, check, is_image, quietly, reason
+from rescompress.export.checking import Case, are_detections, check, is_image, quietly, reason
 from rescompress.export.low_bits import in_form, join_maps
 from rescompress.export.prepare import Prepared
 
@@ -30,6 +30,12 @@ def write_captured(
     Raises:
         ExportError: no program can be made of the model, or it computes something else; the reasons are named.
     """
+    if are_detections(prepared.cases[0].outputs):
+        raise ExportError(
+            f"no {name} file can be made of this {type(prepared.model).__name__}: how many boxes it keeps depends on "
+            "the image, which torch.export cannot capture, in the original detector neither; write TorchScript, to a "
+            ".pt file"
+        )
     with quietly():
         prepared = dataclasses.replace(prepared, model=in_form(prepared.model, prepared.inputs, form))
     failures = []

@@ -69,7 +69,8 @@ def expected_outputs(model: nn.Module, inputs: Args, dynamic: str) -> list[Case]
     if batch == 0:
         raise ExportError("the example input is empty (batch size 0), so nothing can be compared; give one image")
     try:
-        cases = [Case(f"batch size {batch}", batch, inputs, run(model, inputs))]
+        at = "the example" if batch is None else f"batch size {batch}"
+        cases = [Case(at, batch, inputs, run(model, inputs))]
     except Exception as error:  # the model's own code runs here
         raise ExportError(f"{type(model).__name__} does not run on the example input: {reason(error)}") from error
     if not any(leaf.isfinite().any() for leaf in tensors_of(cases[0].outputs)):
@@ -149,6 +150,11 @@ def with_size(inputs: Args, batch: int, sides: Callable[[int, int], tuple[int, i
 def is_image(leaf: Any, batch: int) -> bool:
     """Whether a value is a batch of images: a floating-point tensor of four dimensions."""
     return isinstance(leaf, Tensor) and leaf.ndim == 4 and leaf.shape[0] == batch and leaf.is_floating_point()
+
+
+def are_detections(outputs: Any) -> bool:
+    """Whether outputs are a detector's: for each image a dict of the things found in it, however many they are."""
+    return isinstance(outputs, list) and bool(outputs) and all(isinstance(one, dict) for one in outputs)
 
 
 def run(program: Any, inputs: Args) -> Any:

@@ -14,7 +14,7 @@ from torch.fx import Node
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from rescompress import surgery
-from rescompress.export.checking import Case, check, quietly, reason
+from rescompress.export.checking import Case, are_detections, check, quietly, reason
 
 _CONVS = (torch.ops.aten.conv2d.default, torch.ops.aten.conv2d.padding)
 _NORM = torch.ops.aten.batch_norm.default
@@ -43,6 +43,8 @@ def fuse(model: nn.Module, cases: list[Case], plain: nn.Module | None = None) ->
     """
     if not any(isinstance(module, nn.BatchNorm2d) for module in model.modules()):
         return model, Fusion((), "there is no batch norm")
+    if are_detections(cases[0].outputs):
+        return model, Fusion((), "torch.export captures no detector, whose boxes are as many as it finds")
     fused = surgery.clone_shared(model)
     try:
         with quietly():

@@ -1,5 +1,8 @@
 """Write a model as TorchScript: compiled if possible, traced if not, loaded again and compared before it counts."""
 
+import contextlib
+import importlib
+import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -9,11 +12,11 @@ import torch
 
 from rescompress.errors import ExportError, RescompressWarning
 from rescompress.export.bundle import HEADER_NAME, header_text
-from rescompress.export.checking import Case, at_other_sizes, check, quietly, reason
+from rescompress.export.checking import Case, are_detections, at_other_sizes, check, quietly, reason
 from rescompress.export.low_bits import in_form, with_slack
 from rescompress.export.paths import replacing
 from rescompress.export.prepare import Prepared
-from rescompress.export.untrusted import check_archive, check_script
+from rescompress.export.untrusted import check_archive, check_script, reader_of
 
 FORMAT = "torchscript"
 
@@ -31,7 +34,7 @@ def write(prepared: Prepared, path: Path) -> None:
             others = with_slack(prepared.original, at_other_sizes(prepared.original, prepared.inputs))
             one_size = _write_checked(prepared, others, new)
         # Before the file takes its place: where warnings are errors, the older file must stay.
-        if prepared.dynamic == "batch" and len(prepared.cases) == 1:
+        if prepared.dynamic == "batch" and len(prepared.cases) == 1 and prepared.cases[0].batch is not None:
             warnings.warn(
                 f"this {type(prepared.model).__name__} is written for its example's batch size alone "
                 f"({prepared.cases[0].batch}): the model itself takes no other",
@@ -69,6 +72,8 @@ def _write_checked(prepared: Prepared, others: list[Case], path: Path) -> bool:
     }
     if inputs[0] and inputs[1]:
         del makers["trace"]  # it takes positional or keyword arguments, not both
+    if are_detections(prepared.cases[0].outputs):
+        del makers["trace"]  # it would record how many boxes there were
     failures: list[str] = []
     for made_by, make in makers.items():
         try:
@@ -89,7 +94,13 @@ def _write_checked(prepared: Prepared, others: list[Case], path: Path) -> bool:
             return one_size
         except Exception as error:  # the compiler raises anything, and another way of writing may still work
             failures.append(f"torch.jit.{made_by}: {reason(error)}")
-    raise ExportError(f"no TorchScript file can be made of this {type(model).__name__}: {'; '.join(failures)}")
+    advice = ""
+    if are_detections(prepared.cases[0].outputs):
+        advice = (
+            "; where sizes differ, give an image that the detector need not resize: torchvision rounds others in "
+            "another way in TorchScript"
+        )
+    raise ExportError(f"no TorchScript file can be made of this {type(model).__name__}: {'; '.join(failures)}{advice}")
 
 
 def _agrees(program: Any, cases: list[Case]) -> bool:
@@ -108,5 +119,15 @@ def open_program(path: Path, device: str | None = None) -> Any:
     """
     check_archive(path, FORMAT)
     check_script(path)
+    if _calls_torchvision(path):
+        # Its operators (nms, roi_align) are known to torch once it is imported.
+        with contextlib.suppress(ImportError):
+            importlib.import_module("torchvision")
     with quietly():  # torch.jit says that it is deprecated since torch 2.11
         return torch.jit.load(str(path), map_location=device)
+
+
+def _calls_torchvision(path: Path) -> bool:
+    reader = reader_of(path)
+    sources = (reader.get_record(name) for name in reader.get_all_records() if name.startswith("code/"))
+    return any(re.search(rb"\bops\s*\.\s*torchvision\b", source) for source in sources)

@@ -34,6 +34,16 @@ def is_pretrained(model: nn.Module) -> bool:
     return any(base in class_names(model) for base in _BASES)
 
 
+def forbid_saving_folded(model: nn.Module) -> None:
+    """Put in the way of saving models of transformers, or one around a folded part, what could not be loaded again."""
+    for module in model.modules():
+        if is_pretrained(module):
+            module.save_pretrained = CannotSave(  # type: ignore[assignment]
+                "it has been folded for deployment, so its convolution has another kernel than its config builds; "
+                "save the model that it was folded from, or write a file with rescompress.export"
+            )
+
+
 def part(module: str, spec: Spec, anatomy: Anatomy) -> dict[str, Any]:
     """Return what is needed to do the same to the same model again: plain data.
 

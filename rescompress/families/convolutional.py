@@ -28,7 +28,7 @@ def describe(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     Whether the network still works on a smaller map is not asked here: compress proves it by a dry run.
 
     Raises:
-        UnsupportedModelError: the model does not run, has no convolution, or reads the image in several places.
+        UnsupportedModelError: the model does not run, has no convolution, or itself reads the image in several places.
     """
     found = trace(model, args, kwargs)
     readers = list(dict.fromkeys(call.fqn for call in found.readers))
@@ -39,16 +39,9 @@ def describe(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
         )
     stem = _stem(model, found, readers)
     stem = None if stem is None else _rewritten_block(model, found, stem)
-    if stem is None:
-        raise UnsupportedModelError(
-            f"{class_names(model)[0]} reads the image in {len(readers)} convolutions ({', '.join(readers[:4])}); "
-            "resizing one of them would not fit the others"
-        )
-    call = next(call for call in found.calls if call.fqn == stem)
-    if call.made is None:
-        raise UnsupportedModelError(
-            f"{stem!r} of {class_names(model)[0]} reads the image in several convolutions and gives no single map"
-        )
+    call = next((call for call in found.calls if call.fqn == stem), None)
+    if stem is None or call is None or call.made is None:
+        return _several_branches(model, found, readers)
     grid = _grid(call.made)
     multiple, restored = _fitting(model, found, call, (args, kwargs)) if found.on_meta else (1, ())
     return ConvAnatomy(
@@ -75,6 +68,26 @@ def _stem(model: nn.Module, found: Trace, readers: list[str]) -> str | None:
     first = found.readers[0]
     same = {call.fqn for call in found.readers if call.source is first.source}
     return first.fqn if len(same) == 1 else None
+
+
+def _several_branches(model: nn.Module, found: Trace, readers: list[str]) -> ConvAnatomy:
+    """Describe a network whose branches each read the image: it is resized in front of the module that holds them.
+
+    Raises:
+        UnsupportedModelError: that is the model itself, in front of which nothing can be put, or takes something else.
+    """
+    block, size = _block_around(model, readers), _grid(found.image)
+    if not any(call.fqn == block and call.reads_image and _grid(call.source) == size for call in found.calls):
+        name = class_names(model)[0]
+        raise UnsupportedModelError(
+            f"{name} reads the image in {len(readers)} convolutions ({', '.join(readers[:4])}); resizing behind one of "
+            "them would not fit the others. Its image can be resized in front of it, where it is part of another "
+            f"module: compress torch.nn.Sequential(model) with input_resize, or give this {name.rpartition('.')[2]} "
+            "smaller images"
+        )
+    return ConvAnatomy(
+        family=FAMILY.name, input_size=size, first_conv=block or "", stem_grid=size, several_branches=True
+    )
 
 
 def _rewritten_block(model: nn.Module, found: Trace, stem: str) -> str:

@@ -21,7 +21,8 @@ def describe(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     """Find the first convolution of the stem.
 
     The map in front of the last stage must have even sides: the third stage of V2 halves it for its attention and
-    doubles it again, and V1 takes the half of it for the size of its last map. That map is an eighth of the stem's.
+    doubles it again, and `forward_intermediates` of V1 takes the half of it for the size of its last map. It is an
+    eighth of the stem's map: of 112 positions 48 are the nearest to a half, as 56 would leave 7 there.
     """
     fqn = "stem.conv1.conv" if V2 in class_names(model) else "stem.conv1"
     return describe_stem(model, args, kwargs, family=FAMILY.name, first_conv=fqn, multiple=16, refit=refit)

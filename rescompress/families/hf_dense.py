@@ -12,8 +12,8 @@ from typing import Any
 from torch import nn
 
 from rescompress import surgery
-from rescompress.anatomy import Anatomy, Grid, ViTAnatomy
-from rescompress.families import hf_vit
+from rescompress.anatomy import Anatomy, ConvAnatomy, Grid, ViTAnatomy
+from rescompress.families import convolutional, hf_vit
 from rescompress.families._base import Family, class_names, describe_parts
 
 _RESTORED: dict[str, tuple[str, ...]] = {
@@ -31,6 +31,9 @@ _RESTORED: dict[str, tuple[str, ...]] = {
 }
 """Class of a model: the modules whose map it returns."""
 
+_OF_THE_IMAGE = ("head.head",)
+"""Modules among these whose map has the size of the image itself, which nobody resizes to it afterwards."""
+
 
 def describe(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Anatomy:
     """Describe the backbone, and name the modules whose maps are brought back to their size."""
@@ -39,6 +42,10 @@ def describe(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     anatomy = replace(describe_parts(model, args, kwargs), restored=restored)
     if isinstance(anatomy, ViTAnatomy):
         return replace(anatomy, host="", refit=refit, dense_tokens=True)
+    # Other heads give a map of a stride of theirs, which the user brings to the image: there a position more or less,
+    # at sizes other than the example's, is still the whole image.
+    if isinstance(anatomy, ConvAnatomy) and restored == _OF_THE_IMAGE and anatomy.refit is None:
+        return replace(anatomy, refit=convolutional.refuse_lost_sides)
     return anatomy
 
 

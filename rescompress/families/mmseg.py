@@ -27,7 +27,9 @@ def describe(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     """Run the segmentor once: see who reads the image, and how large the map of its last decode head is.
 
     A backbone whose branches each read the image (BiSeNet, ICNet, CGNet) or its size (DDRNet, PIDNet) is resized in
-    front; any other behind its stem, or as the family of the backbone says.
+    front; any other behind its stem, or as the family of the backbone says. The head's map has a stride of its own and
+    the segmentor resizes it to the image or to the labels: at image sizes other than the example's it may come back
+    with a position more or less, and still covers the image. Predictions for every pixel are checked (`convolutional`).
 
     Raises:
         UnsupportedModelError: it has no single backbone, or does not run.

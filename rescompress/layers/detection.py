@@ -7,7 +7,8 @@ Ren et al., "Faster R-CNN", https://arxiv.org/abs/1506.01497
 """
 
 import math
-from typing import Any
+import sys
+from typing import Any, Dict, List, Tuple, TypeAlias  # noqa: UP035  TorchScript reads these
 
 import torch
 from torch import Tensor, nn
@@ -15,16 +16,23 @@ from torch.nn import functional as F
 
 from rescompress.layers.wrap import Wrapped
 
-
-class _Seen:
-    """The batch of images that the maps seem to have been made of, for hosts that ask for its shape alone."""
-
-    def __init__(self, tensors: Tensor, image_sizes: Any) -> None:
-        self.tensors = tensors
-        self.image_sizes = image_sizes
+ImageList: TypeAlias = Any
+"""torchvision's batch of images; the class itself once a detector has been scripted."""
 
 
-class ScaledAnchors(Wrapped):
+class _ReadsImageList(Wrapped):
+    """Base of modules whose forward takes the host's batch of images.
+
+    TorchScript looks its class up by the name in this file, where torchvision is not imported.
+    """
+
+    def __prepare_scriptable__(self) -> "_ReadsImageList":
+        """Give the name its class, which is imported where there is a detector; the compiler calls this first."""
+        globals()["ImageList"] = sys.modules["torchvision.models.detection.image_list"].ImageList
+        return self
+
+
+class ScaledAnchors(_ReadsImageList):
     """Lay anchors out over the smaller image that the maps belong to, and scale them to the one that was given.
 
     Shape:
@@ -39,23 +47,24 @@ class ScaledAnchors(Wrapped):
         super().__init__(inner)
         self.stride = stride
 
-    def num_anchors_per_location(self) -> list[int]:
-        """Return what the inner generator says."""
-        return self.inner.num_anchors_per_location()  # type: ignore[no-any-return, operator]
-
-    def forward(self, image_list: Any, feature_maps: list[Tensor]) -> list[Tensor]:
+    def forward(self, image_list: ImageList, feature_maps: List[Tensor]) -> List[Tensor]:  # noqa: UP006
         images, first = image_list.tensors, feature_maps[0]
-        height, width = first.shape[-2] * self.stride, first.shape[-1] * self.stride
-        seen = images.new_empty((1, 1, 1, 1)).expand(len(images), images.shape[1], height, width)
-        boxes: list[Tensor] = self.inner(_Seen(seen, image_list.image_sizes), feature_maps)
-        down, right = images.shape[-2] / height, images.shape[-1] / width
-        return [box * box.new_tensor([right, down, right, down]) for box in boxes]
+        height, width = first.shape[2] * self.stride, first.shape[3] * self.stride
+        # The inner generator asks the batch for its shape alone, and the batch is this call's own.
+        image_list.tensors = images.new_empty([1, 1, 1, 1]).expand(images.shape[0], images.shape[1], height, width)
+        boxes = self.inner(image_list, feature_maps)
+        image_list.tensors = images
+        down, right = images.shape[2] / height, images.shape[3] / width
+        scaled: List[Tensor] = []  # noqa: UP006
+        for box in boxes:
+            scaled.append(box * torch.tensor([right, down, right, down], dtype=box.dtype, device=box.device))
+        return scaled
 
     def extra_repr(self) -> str:
         return f"stride={self.stride}"
 
 
-class ScaledDefaultBoxes(Wrapped):
+class ScaledDefaultBoxes(_ReadsImageList):
     """Default boxes of an SSD on smaller maps: as large as what the network sees, and spread over the whole image.
 
     Shape:
@@ -71,14 +80,10 @@ class ScaledDefaultBoxes(Wrapped):
         self.factor = factor
         self.tiled = tiled
 
-    def num_anchors_per_location(self) -> list[int]:
-        """Return what the inner generator says."""
-        return self.inner.num_anchors_per_location()  # type: ignore[no-any-return, operator]
-
-    def forward(self, image_list: Any, feature_maps: list[Tensor]) -> list[Tensor]:
-        scaled = []
+    def forward(self, image_list: ImageList, feature_maps: List[Tensor]) -> List[Tensor]:  # noqa: UP006
+        scaled: List[Tensor] = []  # noqa: UP006
         for boxes in self.inner(image_list, feature_maps):
-            factor = boxes.new_tensor([self.factor[1], self.factor[0]])
+            factor = torch.tensor([self.factor[1], self.factor[0]], dtype=boxes.dtype, device=boxes.device)
             centre, half = (boxes[:, :2] + boxes[:, 2:]) / 2, (boxes[:, 2:] - boxes[:, :2]) / 2 * factor
             centre = centre * factor if self.tiled else centre
             scaled.append(torch.cat([centre - half, centre + half], dim=1))
@@ -105,21 +110,28 @@ class ScaledRegions(Wrapped):
         self.stride = stride
         self.size_divisible = size_divisible
 
-    @property
-    def output_size(self) -> Any:
-        """What the inner module says: its hosts ask for it."""
-        return self.inner.output_size
-
-    def forward(self, x: dict[str, Tensor], boxes: list[Tensor], image_shapes: list[tuple[int, int]]) -> Tensor:
-        first = next(iter(x.values()))
-        seen = [side * self.stride for side in first.shape[-2:]]
-        whole = [self._padded(max(shape[axis] for shape in image_shapes)) for axis in (0, 1)]
-        down, right = seen[0] / whole[0], seen[1] / whole[1]
-        smaller = [box * box.new_tensor([right, down, right, down]) for box in boxes]
-        shapes = [(round(height * down), round(width * right)) for height, width in image_shapes]
+    def forward(
+        self,
+        x: Dict[str, Tensor],  # noqa: UP006
+        boxes: List[Tensor],  # noqa: UP006
+        image_shapes: List[Tuple[int, int]],  # noqa: UP006
+    ) -> Tensor:
+        first = list(x.values())[0]  # noqa: RUF015  TorchScript has no iterators
+        height, width = 0, 0
+        for shape in image_shapes:
+            height, width = max(height, shape[0]), max(width, shape[1])
+        down = first.shape[2] * self.stride / self.padded(height)
+        right = first.shape[3] * self.stride / self.padded(width)
+        smaller: List[Tensor] = []  # noqa: UP006
+        for box in boxes:
+            smaller.append(box * torch.tensor([right, down, right, down], dtype=box.dtype, device=box.device))
+        shapes: List[Tuple[int, int]] = []  # noqa: UP006
+        for shape in image_shapes:
+            shapes.append((int(round(shape[0] * down)), int(round(shape[1] * right))))  # noqa: RUF046  it gives floats
         return self.inner(x, smaller, shapes)  # type: ignore[no-any-return]
 
-    def _padded(self, side: int) -> int:
+    def padded(self, side: int) -> int:
+        """Return the side of the batch that holds images of this side."""
         return math.ceil(side / self.size_divisible) * self.size_divisible
 
     def extra_repr(self) -> str:

@@ -184,4 +184,7 @@ class PooledBlock(PositionArguments, Adopted):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         args, kwargs = self.on_own_grid(args, kwargs)
-        return self.tokens_after(self.host_forward(self.tokens_before(x), *args, **kwargs))
+        made = self.host_forward(self.tokens_before(x), *args, **kwargs)
+        if isinstance(made, tuple):  # attention weights follow the tokens
+            return (self.tokens_after(made[0]), *made[1:])
+        return self.tokens_after(made)

@@ -22,16 +22,29 @@ ROTARY = ("rope",)
 """Arguments that hold a rotary table (..., H * W, 2 D): sines, then cosines."""
 ROTARY_PAIRS = ("position_embeddings",)
 """Arguments that hold a pair of rotary tables (..., H * W, D): cosines, sines."""
-BIASES = ("shared_rel_pos", "shared_rel_pos_bias")
+ROTARY_PARTS = ("rope_sin", "rope_cos")
+"""Arguments that hold one of such a pair each: sines and cosines."""
+BIASES = ("shared_rel_pos", "shared_rel_pos_bias", "relative_position_bias")
 """Arguments that hold a relative-position bias (..., heads, P + H * W, P + H * W)."""
 SIDES = ("H", "W")
 """Arguments that hold the sides of the grid."""
 MASKS = ("attn_mask", "attention_mask", "src_mask", "src_key_padding_mask")
 """Arguments that hold an attention mask, which is not pooled."""
-OPTIONS = ("is_causal", "interpolate_pos_encoding", "resolution", "**")
+OPTIONS = ("is_causal", "interpolate_pos_encoding", "output_attentions", "resolution", "**")
 """Arguments that say nothing of single tokens."""
 
-KNOWN = (*ROTARY, *ROTARY_PAIRS, *BIASES, *SIDES, *MASKS, *OPTIONS)
+SEVERAL_SEQUENCES = {
+    "timm.models.crossvit.MultiScaleBlock": "each takes two sequences, of patches of two sizes, whose class tokens "
+    "read the patches of the other one; patch_resize and input_resize shorten both",
+}
+"""Classes of blocks that do not take one sequence, and what they take."""
+
+BIAS_OF_FEWER = (
+    "the model has fitted its relative-position bias to the tokens that are left, which have no grid of their own: "
+    "call it without interpolate_pos_encoding"
+)
+
+KNOWN = (*ROTARY, *ROTARY_PAIRS, *ROTARY_PARTS, *BIASES, *SIDES, *MASKS, *OPTIONS)
 
 
 def argument_names(block: nn.Module) -> tuple[str, ...]:
@@ -119,8 +132,13 @@ def pool_bias(bias: Tensor, grid: Grid, stride: Grid) -> Tensor:
     Shape:
         - Input: (..., P + H * W, P + H * W)
         - Output: the same for the pooled grid
+
+    Raises:
+        RuntimeError: it is for fewer tokens than the grid has.
     """
     prefix = bias.shape[-1] - grid[0] * grid[1]
+    if prefix < 0:
+        raise RuntimeError(BIAS_OF_FEWER)
     kept = strided(grid, stride, prefix, bias.device)
     return bias.index_select(-2, kept).index_select(-1, kept)
 
@@ -209,10 +227,11 @@ class PositionArguments:
         """
         if self.host_stride == (1, 1):
             return args, kwargs
-        pooled = tuple(self._pooled(name, value) for name, value in zip(self.argument_names, args, strict=False))
-        return pooled + args[len(pooled) :], {name: self._pooled(name, value) for name, value in kwargs.items()}
+        given = dict(zip(self.argument_names, args, strict=False))
+        pooled = {name: self._pooled(name, value, given | kwargs) for name, value in (given | kwargs).items()}
+        return (*(pooled[name] for name in given), *args[len(given) :]), {name: pooled[name] for name in kwargs}
 
-    def _pooled(self, name: str, value: Any) -> Any:
+    def _pooled(self, name: str, value: Any, given: dict[str, Any]) -> Any:
         if value is None or name not in KNOWN:
             return value
         if name in ROTARY:
@@ -221,6 +240,9 @@ class PositionArguments:
         if name in ROTARY_PAIRS:
             sin, cos = pool_rotary(value[1], value[0], self.host_grid, self.host_stride)
             return (cos, sin)
+        if name in ROTARY_PARTS:
+            sin, cos = (given[part] for part in ROTARY_PARTS)
+            return pool_rotary(sin, cos, self.host_grid, self.host_stride)[ROTARY_PARTS.index(name)]
         if name in BIASES:
             return pool_bias(value, self.host_grid, self.host_stride)
         if name in SIDES:

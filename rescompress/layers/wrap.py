@@ -108,8 +108,10 @@ class RestoredMap(Wrapped):
         size = [self.old_side(made.shape[2], 0), self.old_side(made.shape[3], 1)]
         return F.interpolate(made, size=size, mode="bilinear", align_corners=False)
 
-    def old_side(self, side: int, axis: int) -> int:
+    def old_side(self, side: int | Tensor, axis: int) -> int:
         """Return the side that the map had which has this one now."""
+        if isinstance(side, Tensor):  # so torch.jit.trace gives sizes; they are constants of a trace
+            side = int(side)
         if self.example is not None and self.shrunk is not None and abs(side - self.shrunk[axis]) < 1:
             return self.example[axis]
         return round(side / self.scale[axis])

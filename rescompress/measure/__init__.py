@@ -7,6 +7,7 @@ from rescompress.measure.memory import live_activation_bytes, weight_bytes
 from rescompress.measure.peak import PeakMemory, peak_memory
 from rescompress.measure.report import Comparison, Report
 from rescompress.measure.run import compare, measure
+from rescompress.measure.training import count_training_macs
 
 __all__ = [
     "Comparison",
@@ -19,6 +20,7 @@ __all__ = [
     "SpeedUp",
     "compare",
     "count_macs",
+    "count_training_macs",
     "crosscheck_macs",
     "live_activation_bytes",
     "measure",

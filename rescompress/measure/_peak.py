@@ -53,7 +53,8 @@ def peak_bytes(was_reset: bool) -> int:
     return _max_rss_bytes() if value is None else value
 
 
-def _give_back_freed_memory() -> None:
+def give_back_freed_memory() -> None:
+    """Return to the system what was freed, so that it does not count as taken."""
     gc.collect()
     with contextlib.suppress(AttributeError, OSError):  # only glibc has it
         ctypes.CDLL(None).malloc_trim(0)
@@ -75,13 +76,13 @@ def main(folder: Path) -> None:
         torch.nn.functional.conv2d(image, torch.zeros(8, 8, 3, 3, dtype=dtype))
         torch.mm(image.view(64, 128), image.view(128, 64))
     args, kwargs = torch.load(folder / "input.pt", weights_only=False)
-    _give_back_freed_memory()
+    give_back_freed_memory()
     libraries = resident_bytes()
 
     path = folder / "model.pt"
     model: Any = torch.jit.load(path) if job["script"] else torch.load(path, weights_only=False)
     model.eval()
-    _give_back_freed_memory()
+    give_back_freed_memory()
     loaded = resident_bytes()
 
     was_reset = reset_peak()

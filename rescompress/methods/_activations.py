@@ -1,7 +1,7 @@
 """Run a model on samples and see who computes what: shapes and ranges of activations, and which layer feeds which."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,6 +30,7 @@ class Seen:
         input_range: smallest and largest value of its inputs, over all runs
         output_ranges: the same for its output and for what follows it, by role
         readers: by role, who reads that tensor: "norm:FQN", "act", "conv:FQN" or "other:OPERATOR"
+        weight_read: whether the model looks at its weight outside of its forward: to cast to its type, or to multiply
     """
 
     calls: int = 0
@@ -37,6 +38,7 @@ class Seen:
     input_range: tuple[float, float] = (float("inf"), float("-inf"))
     output_ranges: dict[str, tuple[float, float]] = field(default_factory=dict)
     readers: dict[str, list[str]] = field(default_factory=dict)
+    weight_read: bool = False
 
     def edges(self) -> tuple[float, ...]:
         """Return both ends of all ranges."""
@@ -75,6 +77,7 @@ def observe(
         # Hooks on the clone only: it is thrown away.
         layer.register_forward_pre_hook(lambda _, inputs, name=name: watch.enter(name, inputs))
         layer.register_forward_hook(lambda *_: watch.leave())
+        layer._parameters = _Looked(layer._parameters, lambda name=name: watch.look(name))  # type: ignore[misc]
     for name, module in clone.named_modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.register_forward_pre_hook(lambda _, inputs, name=name: watch.enter_norm(name))
@@ -89,12 +92,26 @@ def observe(
                 f"quantize: {type(model).__name__} does not run on calibration batch {run}: {one_line(error)}"
             ) from error
         watch.hand_out(outputs)
-    for seen in watch.seen.values():
+    for name, seen in watch.seen.items():
+        seen.weight_read = name in watch.looked_at
         readers = seen.readers.get("conv", [])
         seen.readers["conv"] = [
             f"other:{reader}" if watch.norm_calls.get(reader, 0) > 1 else reader for reader in readers
         ]
     return watch.seen
+
+
+class _Looked(dict[str, nn.Parameter | None]):
+    """The parameters of a module of a clone, which tell when `module.weight` is looked at."""
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter | None], tell: Callable[[], None]) -> None:
+        super().__init__(parameters)
+        self.tell = tell
+
+    def __getitem__(self, name: str) -> nn.Parameter | None:
+        if name == "weight":
+            self.tell()
+        return super().__getitem__(name)
 
 
 class _Watch(TorchDispatchMode):
@@ -104,6 +121,7 @@ class _Watch(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self.seen: dict[str, Seen] = {}
         self.norm_calls: dict[str, int] = {}
+        self.looked_at: set[str] = set()
         self.first = True
         self.paused = False
         self.inside: list[str] = []
@@ -137,6 +155,11 @@ class _Watch(TorchDispatchMode):
         self.inside.append(f"norm:{name}")
         if self.first:
             self.norm_calls[f"norm:{name}"] = self.norm_calls.get(f"norm:{name}", 0) + 1
+
+    def look(self, name: str) -> None:
+        """Note that the weight of a layer is looked at, unless it is the layer itself that does."""
+        if f"conv:{name}" not in self.inside:
+            self.looked_at.add(name)
 
     def leave(self) -> None:
         self.inside.pop()

@@ -32,6 +32,27 @@ def check_resize_options(step: Any, modes: tuple[str, ...], optional_antialias: 
         raise SpecError(f"{step.kind}.antialias goes with bilinear and bicubic, not with {step.mode!r}")
 
 
+def asked(step: Any) -> str:
+    """Name the option by which the user said how far to resize, and its value: `stem_resize.scale=0.5`."""
+    return f"{step.kind}.scale={step.scale}" if step.scale is not None else f"{step.kind}.size={step.size}"
+
+
+def refuse_larger(step: Any, before: Grid, after: Grid, what: str, multiple: int = 1) -> None:
+    """Raise where a resize would enlarge `what`: a size may say so, and a scale is rounded to a multiple.
+
+    Raises:
+        SpecError: it would.
+    """
+    if after[0] <= before[0] and after[1] <= before[1]:
+        return
+    made = f"{after[0]} x {after[1]}, larger than the {before[0]} x {before[1]} {what}"
+    if step.scale is None:
+        raise SpecError(f"{asked(step)} makes {made}; a resize may not add cost")
+    raise SpecError(
+        f"{asked(step)} makes {made}, because its sides must be multiples of {multiple}; take a smaller scale"
+    )
+
+
 def warn_if_not_reached(kind: str, scale: float | None, before: Grid, after: Grid) -> None:
     """Say which scale is reached where the one asked for is not; refuse one so near to 1 that nothing would change.
 

@@ -11,7 +11,7 @@ from rescompress.anatomy import Anatomy, Grid, ViTAnatomy
 from rescompress.errors import UnsupportedModelError
 from rescompress.layers.adopt import Adopted, class_name
 from rescompress.layers.pool import OneGrid, PooledSequence
-from rescompress.layers.token_positions import KNOWN, StridedBias, argument_names, strided
+from rescompress.layers.token_positions import KNOWN, SEVERAL_SEQUENCES, StridedBias, argument_names, strided
 from rescompress.methods._grid import fix_input
 
 MAP_READERS = ("timm.models._features.FeatureGetterNet",)
@@ -61,6 +61,19 @@ def innermost(model: nn.Module, fqn: str) -> str:
 def takes_only_tokens(block: nn.Module) -> bool:
     """Whether a block's forward takes the sequence, perhaps a mask, and nothing else."""
     return not isinstance(block, Adopted) and argument_names(block) in ((), ("attn_mask", "is_causal"))
+
+
+def check_sequence(model: nn.Module, anatomy: ViTAnatomy, kind: str) -> None:
+    """Refuse a model whose blocks take several sequences.
+
+    Raises:
+        UnsupportedModelError: they do.
+    """
+    name = class_name(surgery.get(model, innermost(model, anatomy.blocks[0])))
+    if name in SEVERAL_SEQUENCES:
+        raise UnsupportedModelError(
+            f"{kind} cannot shorten what blocks of class {name} take: {SEVERAL_SEQUENCES[name]}"
+        )
 
 
 def check_arguments(kind: str, block: nn.Module) -> None:

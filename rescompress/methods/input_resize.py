@@ -14,7 +14,7 @@ from rescompress.anatomy import Anatomy, ConvAnatomy, Grid, ViTAnatomy
 from rescompress.errors import SpecError, UnsupportedModelError
 from rescompress.layers.resize import MODES, Resize2d
 from rescompress.methods._grid import can_express, follow, pixels_per_patch, put_in_front, set_grid
-from rescompress.methods._resizing import check_resize_options, put_resize, warn_if_not_reached
+from rescompress.methods._resizing import asked, check_resize_options, put_resize, refuse_larger, warn_if_not_reached
 from rescompress.spec import Stage, Step, as_pair
 
 
@@ -71,7 +71,7 @@ class InputResize(Step):
         multiple = anatomy.multiple * stride if anatomy.multiple > 1 else 1
         resize = self._resize(scale, self.size, multiple)  # type: ignore[arg-type]  # check_resize_options made it a pair
         image = resize.target(*size)
-        self._refuse_larger(size, image)
+        refuse_larger(self, size, image, "image", multiple)
         warn_if_not_reached(self.kind, self.scale, size, image)
         conv = surgery.get(model, anatomy.first_conv)
         if anatomy.several_branches:
@@ -86,13 +86,13 @@ class InputResize(Step):
             smaller = after.target(*grid)
             if smaller[0] > grid[0] or smaller[1] > grid[1]:
                 raise SpecError(
-                    f"input_resize leaves a {grid[0]} x {grid[1]} map, which stem_resize.size={smaller} would enlarge; "
-                    "a resize may not add cost"
+                    f"{asked(self)} leaves a {grid[0]} x {grid[1]} map, which the stem_resize before it would enlarge "
+                    f"to {smaller[0]} x {smaller[1]}; a resize may not add cost: shrink the image less, or the map more"
                 )
             grid = smaller
-        if any(side % anatomy.multiple for side in grid):
+        if image != size and any(side % anatomy.multiple for side in grid):
             raise SpecError(
-                f"input_resize leaves a {grid[0]} x {grid[1]} map behind the stem of this {type(model).__name__}, "
+                f"{asked(self)} leaves a {grid[0]} x {grid[1]} map behind the stem of this {type(model).__name__}, "
                 f"whose sides must be multiples of {anatomy.multiple}; take a multiple of {multiple} pixels"
             )
         put_resize(model, anatomy.first_conv if reader is None else reader.name, self.kind, before=resize)
@@ -104,7 +104,7 @@ class InputResize(Step):
             raise SpecError("input_resize must come before steps that change the tokens")
         grid = self._target_grid(anatomy)
         image = (grid[0] * anatomy.patch_size[0], grid[1] * anatomy.patch_size[1])
-        self._refuse_larger(anatomy.input_size, image)
+        refuse_larger(self, anatomy.input_size, image, "image")
         if self.scale == 1.0:
             resize = self._resize((1.0, 1.0), None)
             grid, image = anatomy.grid, anatomy.image_size
@@ -128,9 +128,9 @@ class InputResize(Step):
                 size = as_pair("input_resize.size", self.size)[axis]
                 if size % patch:
                     below = size // patch * patch
+                    nearest = f"{below} or {below + patch}" if below else str(patch)
                     raise SpecError(
-                        f"input_resize.size={self.size} is no multiple of the {patch} px patches; "
-                        f"nearest: {below or patch} or {below + patch}"
+                        f"input_resize.size={self.size} is no multiple of the {patch} px patches; nearest: {nearest}"
                     )
                 sides.append(size // patch)
             else:
@@ -149,10 +149,3 @@ class InputResize(Step):
                     )
                 sides.append(min(grids, key=lambda g, p=patch, w=wanted: (abs(g * p - w), g)))  # type: ignore[misc]
         return (sides[0], sides[1])
-
-    def _refuse_larger(self, before: Grid, after: Grid) -> None:
-        if after[0] > before[0] or after[1] > before[1]:
-            raise SpecError(
-                f"input_resize.size={after} is larger than the {before[0]} x {before[1]} image; "
-                "a resize may not add cost"
-            )

@@ -147,6 +147,8 @@ class Quantize(Step):
                 left[name] = "not included"
             elif name not in seen:
                 left[name] = "never called as a layer: its weight is read elsewhere"
+            elif seen[name].weight_read:
+                left[name] = "the model looks at its weight, or the type of it, outside of the layer"
             elif not all(math.isfinite(edge) for edge in seen[name].edges()):
                 left[name] = "infinite or NaN values pass through it"
             elif name == first and not (self.first_conv or named):

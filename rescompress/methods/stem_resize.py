@@ -13,7 +13,7 @@ from rescompress.anatomy import Anatomy, ConvAnatomy
 from rescompress.errors import SpecError, UnsupportedModelError
 from rescompress.layers.resize import MODES, Resize2d
 from rescompress.methods._grid import follow
-from rescompress.methods._resizing import check_resize_options, put_resize, warn_if_not_reached
+from rescompress.methods._resizing import asked, check_resize_options, put_resize, refuse_larger, warn_if_not_reached
 from rescompress.spec import Stage, Step
 
 
@@ -62,14 +62,10 @@ class StemResize(Step):
         resize = Resize2d(scale, self.size, self.mode, self.antialias, anatomy.multiple)  # type: ignore[arg-type]
         before = anatomy.stem_grid
         after = resize.target(*before)
-        if after[0] > before[0] or after[1] > before[1]:
+        refuse_larger(self, before, after, f"map that leaves {anatomy.first_conv!r}", anatomy.multiple)
+        if after != before and any(side % anatomy.multiple for side in after):
             raise SpecError(
-                f"stem_resize.size={after} is larger than the {before[0]} x {before[1]} map that leaves "
-                f"{anatomy.first_conv!r}; a resize may not add cost"
-            )
-        if any(side % anatomy.multiple for side in after):
-            raise SpecError(
-                f"stem_resize.size={after} does not fit this {type(model).__name__}: its sides must be multiples of "
+                f"{asked(self)} does not fit this {type(model).__name__}: its sides must be multiples of "
                 f"{anatomy.multiple}"
             )
         warn_if_not_reached("stem_resize", self.scale, before, after)

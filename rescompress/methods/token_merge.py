@@ -4,14 +4,16 @@ Bolya et al., "Token Merging: Your ViT But Faster", https://arxiv.org/abs/2210.0
 """
 
 import dataclasses
+import warnings
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import ClassVar
 
 from torch import nn
 
 from rescompress import surgery
 from rescompress.anatomy import Anatomy, ViTAnatomy
-from rescompress.errors import SpecError, UnsupportedModelError
+from rescompress.errors import RescompressWarning, SpecError, UnsupportedModelError
 from rescompress.layers.adopt import class_name
 from rescompress.layers.merging.base import MeanOfMerged, MergingBlock
 from rescompress.layers.merging.general import GeneralMergeBlock
@@ -64,25 +66,31 @@ class TokenMerge(Step):
             SpecError: a list of another length than the model is deep, or a share that cannot be reached by merging
                 at most half of the tokens in each block.
         """
-        if self.keep is not None:
-            wanted = round(num_patch_tokens * (1 - self.keep))
-            steps = [round(wanted * (i + 1) / num_blocks) - round(wanted * i / num_blocks) for i in range(num_blocks)]
-        elif isinstance(self.r, tuple):
-            if len(self.r) != num_blocks:
-                raise SpecError(f"token_merge.r lists {len(self.r)} numbers, but the model has {num_blocks} blocks")
-            steps = list(self.r)
-        else:
-            steps = [self.r or 0] * num_blocks
-        left = num_patch_tokens
+        steps, left = self._asked(num_patch_tokens, num_blocks), num_patch_tokens
         for i, step in enumerate(steps):
             steps[i] = min(step, left // 2)
             left -= steps[i]
-        if self.keep is not None and left > num_patch_tokens - wanted:
+        if self.keep is not None and left > num_patch_tokens - round(num_patch_tokens * (1 - self.keep)):
             raise SpecError(
                 f"token_merge.keep={self.keep} cannot be reached: {num_patch_tokens} tokens in {num_blocks} blocks, at "
                 f"most half of them at a time, leave {left / num_patch_tokens:.3f} when merged evenly; use r as a list"
             )
         return steps
+
+    def _asked(self, num_patch_tokens: int, num_blocks: int) -> list[int]:
+        """Return how many pairs each block is asked to merge, whether or not it has so many.
+
+        Raises:
+            SpecError: a list of another length than the model is deep.
+        """
+        if self.keep is not None:
+            lost = round(num_patch_tokens * (1 - self.keep))
+            return [round(lost * (i + 1) / num_blocks) - round(lost * i / num_blocks) for i in range(num_blocks)]
+        if isinstance(self.r, tuple):
+            if len(self.r) != num_blocks:
+                raise SpecError(f"token_merge.r lists {len(self.r)} numbers, but the model has {num_blocks} blocks")
+            return list(self.r)
+        return [self.r or 0] * num_blocks
 
     def apply(self, model: nn.Module, anatomy: Anatomy) -> Anatomy:
         """Put merging blocks in the place of the old ones, from the first that merges to the last of the model."""
@@ -146,22 +154,34 @@ class TokenMerge(Step):
                 f"merged from block {start} on: before it they are pooled, or the model puts prefix tokens in; its "
                 f"first {start} numbers must be 0"
             )
-        if isinstance(self.r, tuple):
-            wanted = self.schedule(before[start], depth)
-        else:
-            wanted = [0] * start + self.schedule(before[start], depth - start)
+        skipped = 0 if isinstance(self.r, tuple) else start  # a list names these blocks too
+        asked = [0] * skipped + self._asked(before[start], depth - skipped)
+        steps = [0] * skipped + self.schedule(before[start], depth - skipped)
         counts, left = list(before[: start + 1]), before[start]
         if dense:
-            total = 0
-            for i in range(start, depth):
-                total += wanted[i]
-                wanted[i] = min(total, before[i] // 2)
-                counts[i : i + 1] = [before[i] - wanted[i]]
-            return wanted, [*counts[:depth], before[depth]]
-        for r in wanted[start:]:
+            asked, total = list(accumulate(asked)), list(accumulate(steps))
+            steps = [min(merged, tokens // 2) for merged, tokens in zip(total, before, strict=False)]
+            counts = [tokens - r for tokens, r in zip(before, steps, strict=False)]
+            self._warn_of_fewer(asked, steps, f"the last block computes on {counts[-1]} of {before[-1]} patch tokens")
+            return steps, [*counts, before[depth]]
+        for r in steps[start:]:
             left -= r
             counts.append(left)
-        return wanted, counts
+        self._warn_of_fewer(asked, steps, f"{left} of {before[start]} patch tokens leave the last block")
+        return steps, counts
+
+    def _warn_of_fewer(self, asked: list[int], steps: list[int], reached: str) -> None:
+        """Say what is reached where blocks merge fewer pairs than they were asked to."""
+        fewer = [i for i, (wanted, r) in enumerate(zip(asked, steps, strict=True)) if r < wanted]
+        if not fewer:
+            return
+        given = f"r={self.r}" if self.keep is None else f"keep={self.keep}"
+        warnings.warn(
+            f"token_merge.{given} cannot be reached in {len(fewer)} of {len(steps)} blocks, first in block {fewer[0]}: "
+            f"at most half of the tokens merge at a time, so {reached}",
+            RescompressWarning,
+            stacklevel=2,
+        )
 
 
 def _start(anatomy: ViTAnatomy) -> int:

@@ -18,6 +18,7 @@ from rescompress.layers.token_positions import argument_names, check_turns
 from rescompress.methods._grid import forbid_maps
 from rescompress.methods._tokens import (
     check_arguments,
+    check_sequence,
     coarsen_positions,
     fix_grid,
     innermost,
@@ -77,6 +78,7 @@ class TokenPool(Step):
                 raise SpecError(
                     f"token_pool.after_block={place} is no block of this model; it has blocks 0 to {count - 1}"
                 )
+        check_sequence(model, anatomy, self.kind)
         dense = keeps_length(model, anatomy)
         for block in sorted(place % count for place in places):
             anatomy = self._pool_after(model, anatomy, block, stride, dense)

@@ -71,7 +71,7 @@ class Distillation:
         if self.label_weight:
             if batch.labels is None:
                 raise InputError("label_weight needs labels, and the loader gives none; give pairs (images, labels)")
-            found["labels"] = torch.stack([F.cross_entropy(one.float(), batch.labels) for one in given]).mean()
+            found["labels"] = torch.stack([label_loss(one, batch.labels) for one in given]).mean()
             loss = loss + self.label_weight * found["labels"]
         return {"loss": loss, **found}
 
@@ -81,6 +81,20 @@ class Distillation:
         new = F.log_softmax(student.float() / self.temperature, dim=1)
         divergence: Tensor = F.kl_div(new, old, reduction="none", log_target=True).sum(1).mean()
         return divergence * self.temperature**2
+
+
+def label_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return the cross entropy of logits (B, classes) or, for dense prediction, (B, classes, h, w).
+
+    Dense logits are brought up to the size of the labels (B, H, W), in which 255 stands for pixels without a label as
+    long as there is no class of that number.
+    """
+    if logits.ndim == 4 and labels.ndim == 3:
+        if logits.shape[-2:] != labels.shape[-2:]:
+            logits = F.interpolate(logits, labels.shape[-2:], mode="bilinear", align_corners=False)
+        if logits.shape[1] <= 255:
+            labels = labels.masked_fill(labels == 255, -100)
+    return F.cross_entropy(logits.float(), labels)
 
 
 def logits_of(outputs: Any) -> Tensor:

@@ -470,3 +470,48 @@ def test_the_recorders_of_hidden_states_survive_merging():
     assert [tensor.shape for tensor in tensors(run(merged, image))] == [
         tensor.shape for tensor in tensors(run(model, image))
     ]
+
+
+SMALL_RESNET = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic"}
+
+
+def test_a_host_that_computes_with_values_comes_back_compressed(tmp_path):
+    """DETR asks whether its mask is full, which no model can answer whose weights are still to come."""
+    torch.manual_seed(0)
+    width = {"d_model": 16, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16, "num_queries": 5}
+    config = hf.DetrConfig(
+        backbone_config=hf.ResNetConfig(**SMALL_RESNET, out_features=["stage2"]),
+        backbone=None,
+        use_timm_backbone=False,
+        use_pretrained_backbone=False,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        **width,
+    )
+    model, image = randomize(hf.DetrForObjectDetection(config)).eval(), images(64)
+    small = rc.compress(model, scale=0.5, example_input=image)
+    small.save_pretrained(tmp_path)
+    back = hf.DetrForObjectDetection.from_pretrained(tmp_path)
+    assert rc.spec_of(back) == rc.spec_of(small)
+    assert_same(run(back, image).logits, run(small, image).logits)
+
+
+def test_what_is_folded_is_not_saved(tmp_path):
+    model, image = hf.ResNetForImageClassification(hf.ResNetConfig(**SMALL_RESNET)).eval(), images(64)
+    small = rc.compress(model, scale=0.5, example_input=image)
+    folded = rc.fold(small, image)
+    with pytest.raises(rc.ExportError, match=r"has been folded for deployment.*save the model that it was folded from"):
+        folded.save_pretrained(tmp_path)
+    small.save_pretrained(tmp_path)
+    assert_same(run(hf.ResNetForImageClassification.from_pretrained(tmp_path), image).logits, run(small, image).logits)
+
+
+def test_depth_of_every_pixel_is_refused_where_its_size_would_be_lost():
+    sizes = {"hidden_sizes": [8, 8, 16, 16], "depths": [1, 1, 1, 1], "num_attention_heads": [1, 1, 2, 2]}
+    model = hf.GLPNForDepthEstimation(hf.GLPNConfig(**sizes, decoder_hidden_size=8)).eval()
+    small = rc.compress(model, scale=0.5, example_input=images(128))
+    assert run(small, images(192)).predicted_depth.shape == run(model, images(192)).predicted_depth.shape
+    with pytest.raises(ValueError, match="would not come back at a side of 24"):
+        run(small, images(96))

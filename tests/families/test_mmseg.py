@@ -102,6 +102,7 @@ OTHERS = {
     "knet/knet-s3_r50-d8_fcn_8xb2-adamw-80k_ade20k-512x512": "stem_resize",
     "mae/mae-base_upernet_8xb2-amp-160k_ade20k-512x512": "patch_resize",
     "segmenter/segmenter_vit-t_mask_8xb1-160k_ade20k-512x512": "patch_resize",
+    "segnext/segnext_mscan-t_1xb16-adamw-160k_ade20k-512x512": "stem_resize",
     "swin/swin-tiny-patch4-window7-in1k-pre_upernet_8xb2-160k_ade20k-512x512": "stem_resize",
     "twins/twins_pcpvt-s_fpn_fpnhead_8xb4-80k_ade20k-512x512": "stem_resize",
     "twins/twins_svt-s_uperhead_8xb2-160k_ade20k-512x512": "stem_resize",
@@ -226,7 +227,9 @@ def check(name: str, kind: str, size: tuple[int, int]) -> None:
     largest = 0.6 if "segmenter" in name else 0.35
     assert 0.2 < count_macs(small, images).macs / count_macs(model, images).macs < largest
     with torch.no_grad():
-        old, new = leaves(model(images)), leaves(small(images))
+        old = leaves(model(images))
+        torch.manual_seed(0)  # SegNeXt's head starts from random numbers in each call
+        new = leaves(small(images))
     assert [one.shape for one in new] == [one.shape for one in old]
 
     assert list(small.state_dict()) == list(before)
@@ -234,6 +237,7 @@ def check(name: str, kind: str, size: tuple[int, int]) -> None:
     loaded = pickle.loads(pickle.dumps(copy.deepcopy(small)))
     loaded.load_state_dict(before)
     with torch.no_grad():
+        torch.manual_seed(0)
         torch.testing.assert_close(leaves(loaded(images))[0], new[0], rtol=1e-5, atol=1e-5)
         predicted = small(images, samples(size, (size[0] + 3, size[1] - 5)), mode="predict")
     assert predicted[1].pred_sem_seg.data.shape == (1, size[0] + 3, size[1] - 5)

@@ -32,20 +32,15 @@ def quickly(one_thread: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "ROUNDS", 1)
 
 
-EXCLUDED = {"xcit": ("pos_embed.token_projection",)}
-"""By model; layers whose weight the host reads to cast their input to its type: refused, with this advice."""
-
-
-def low_bits(model: nn.Module, scheme: str, x: Tensor, exclude: tuple[str, ...] = ()) -> nn.Module:
+def low_bits(model: nn.Module, scheme: str, x: Tensor) -> nn.Module:
     calibration = [x] if scheme == "w8a8_static" else None
-    step = rc.Quantize(scheme=scheme, exclude=exclude) if exclude else rc.Quantize(scheme=scheme)
-    return rc.compress(model, step, example_input=x, calibration=calibration)
+    return rc.compress(model, rc.Quantize(scheme=scheme), example_input=x, calibration=calibration)
 
 
 def check(name: str, scheme: str) -> None:
     model, x = build(name), image(name)
     before, state = fingerprint(model), {key: value.clone() for key, value in model.state_dict().items()}
-    small = low_bits(model.train(), scheme, x, EXCLUDED.get(name, ()))  # a user's model may be in any mode
+    small = low_bits(model.train(), scheme, x)  # a user's model may be in any mode
     assert model.training and small.training
     model.eval(), small.eval()
     with torch.no_grad():

@@ -29,6 +29,7 @@ pytestmark = [
 SMALL = {"img_size": 64, "num_classes": 7, "depth": 3}
 NARROW = {**SMALL, "embed_dim": 96, "num_heads": 3}
 EVA = {**NARROW, "img_size": 56, "ref_feat_shape": (4, 4)}
+GEMMA = {"head_dim": 32, "num_kv_heads": 1, "intermediate_size": 96, "position_embedding_size": 16}
 HF = {
     "hidden_size": 48,
     "num_hidden_layers": 3,
@@ -64,13 +65,29 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "srelpos": _timm("vit_srelpos_small_patch16_224", **NARROW),
     "cait": _timm("cait_xxs24_224", **NARROW),
     "convit": _timm("convit_tiny", **{**SMALL, "local_up_to_layer": 1, "num_heads": 2, "embed_dim": 32}),
+    "gemma": _timm("gemma4_vit_167m", **NARROW, **GEMMA),
     "hf vit": _hf("ViTForImageClassification", "ViTConfig"),
     "hf beit": _hf("BeitModel", "BeitConfig", use_relative_position_bias=True),
     "hf dinov2": _hf("Dinov2Model", "Dinov2Config"),
     "hf dinov3": _hf("DINOv3ViTModel", "DINOv3ViTConfig", num_register_tokens=2),
+    "hf data2vec": _hf("Data2VecVisionModel", "Data2VecVisionConfig", use_relative_position_bias=True),
+    "hf data2vec shared": _hf("Data2VecVisionModel", "Data2VecVisionConfig", use_shared_relative_position_bias=True),
+    "hf dpt": _hf("DPTModel", "DPTConfig", is_hybrid=False),
+    "hf blip": _hf("BlipVisionModel", "BlipVisionConfig"),
     "hf siglip": _hf("SiglipVisionModel", "SiglipVisionConfig"),
 }
-POSITIONED = ("dinov3", "mixed rotary", "beit", "beit shared", "relpos bias cls", "srelpos", "hf beit", "hf dinov3")
+POSITIONED = (
+    "dinov3",
+    "mixed rotary",
+    "beit",
+    "beit shared",
+    "relpos bias cls",
+    "srelpos",
+    "hf beit",
+    "hf dinov3",
+    "hf data2vec",
+    "hf data2vec shared",
+)
 STEPS = {"pool": rc.TokenPool(after_block=0), "merge": rc.TokenMerge(r=2)}
 
 
@@ -99,14 +116,20 @@ def test_what_is_reduced(kind: str, step: str) -> None:
     m, x = build(kind), image(kind)
     small = rc.compress(m, STEPS[step], example_input=x)
     seen: list[int] = []
-    mlps = [block.mlp.register_forward_hook(lambda _, __, y: seen.append(y.shape[1])) for block in blocks_of(small)]
+    mlps = [
+        getattr(block, "mlp", getattr(block, "intermediate", None)).register_forward_hook(
+            lambda _, __, y: seen.append(y.shape[1])
+        )
+        for block in blocks_of(small)
+    ]
     with torch.no_grad():
         expected = outputs(small, x)
     for hook in mlps:
         hook.remove()
     anatomy = small._rescompress.anatomy
     prefixes = [anatomy.num_prefix_tokens if i >= anatomy.prefix_from_block else 0 for i in range(3)]
-    counts = anatomy.num_patch_tokens[:3] if step == "pool" else anatomy.num_patch_tokens[1:]
+    inside = step == "pool" or anatomy.dense_tokens
+    counts = anatomy.num_patch_tokens[:3] if inside else anatomy.num_patch_tokens[1:]
     assert [n - prefix for n, prefix in zip(seen, prefixes, strict=True)] == list(counts)
     assert counts == {"pool": (16, 4, 4), "merge": (16, 14, 12) if kind == "convit" else (14, 12, 10)}[step]
 
@@ -139,14 +162,17 @@ def test_merged_tokens_keep_their_positions(kind: str) -> None:
         whole = torch.cat([tokens, torch.ones_like(tokens[..., :1]), places], 2)
         order = torch.randperm(16, generator=torch.Generator().manual_seed(2)) + block.num_prefix_tokens
         order = torch.cat([torch.arange(block.num_prefix_tokens), order])
-        straight = block(whole, *given["a"][1:], **given["k"])
-        shuffled = block(whole[:, order], *given["a"][1:], **given["k"])
-        plain = m.get_submodule(small._rescompress.anatomy.blocks[1])(tokens, *given["a"][1:], **given["k"])
+
+        def run(block: nn.Module, x: Tensor) -> Tensor:
+            return tree_leaves(block(x, *given["a"][1:], **given["k"]))[0]  # some give a tuple of one
+
+        straight, shuffled = run(block, whole), run(block, whole[:, order])
+        plain = run(m.get_submodule(small._rescompress.anatomy.blocks[1]), tokens)
     torch.testing.assert_close(shuffled, straight[:, order], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(straight[..., :width], plain, rtol=1e-4, atol=1e-5)
     elsewhere = whole.clone()
     elsewhere[..., -2:] = whole[:, order][..., -2:]
-    assert not torch.allclose(block(elsewhere, *given["a"][1:], **given["k"])[..., :width], plain, rtol=1e-2, atol=1e-2)
+    assert not torch.allclose(run(block, elsewhere)[..., :width], plain, rtol=1e-2, atol=1e-2)
 
 
 def test_talking_heads_count_a_token_as_often_as_its_members() -> None:
@@ -195,7 +221,53 @@ def test_rotary_angles_that_say_nothing_of_the_middle_are_refused(name: str, sca
         rc.compress(m, rc.Spec.of(rc.PatchResize(scale=scale), rc.TokenPool(after_block=0)), example_input=x)
 
 
-@pytest.mark.parametrize("kind", ["beit", "relpos bias cls", "relpos", "beit shared", "hf beit"])
+def test_gemma_turns_tokens_by_where_they_are() -> None:
+    """Both halves of the channels: merged tokens by their places, pooled ones by the centres of their windows."""
+    m, x = build("gemma"), image("gemma")
+    merged = blocks_of(rc.compress(m, STEPS["merge"], example_input=x))[0].attn
+    pooled = blocks_of(rc.compress(m, rc.TokenPool(after_block=0, stride=(1, 2)), example_input=x))[1]
+    rows, columns = (sides.flatten() for sides in torch.meshgrid(torch.arange(4), torch.arange(4), indexing="ij"))
+    places = torch.stack([columns, rows], dim=-1).float()[None]
+    tokens = torch.randn(1, 16, 96, generator=torch.Generator().manual_seed(1))
+    order = torch.randperm(16, generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        cos, sin = m.encoder.rotary_emb(tokens, places)
+        given, plain = {"rope_cos": cos, "rope_sin": sin}, m.encoder.blocks[0].attn(tokens, cos, sin)
+        torch.testing.assert_close(merged(tokens, None, None, given)[0], plain, rtol=1e-4, atol=1e-5)
+        shuffled = merged(tokens[:, order], None, order[None], given)[0]
+        torch.testing.assert_close(shuffled, plain[:, order], rtol=1e-4, atol=1e-5)
+        assert not torch.allclose(merged(tokens, None, order[None], given)[0], plain, rtol=1e-2, atol=1e-2)
+        (own_cos, own_sin), _ = pooled.on_own_grid((cos, sin), {"attn_mask": None})
+        centres = places[:, ::2] + torch.tensor([0.5, 0.0])
+        torch.testing.assert_close((own_cos, own_sin), m.encoder.rotary_emb(tokens, centres))
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_a_shared_bias_that_the_host_fits_to_fewer_tokens_is_refused(step: str) -> None:
+    x = image("hf data2vec shared")
+    small = rc.compress(build("hf data2vec shared"), STEPS[step], example_input=x)
+    with torch.no_grad(), pytest.raises(RuntimeError, match="call it without interpolate_pos_encoding"):
+        small(x, interpolate_pos_encoding=True)
+
+
+def test_merging_layers_that_would_give_attention_weights_say_that_they_have_none() -> None:
+    x = image("hf data2vec")
+    small = rc.compress(build("hf data2vec"), STEPS["merge"], example_input=x)
+    with torch.no_grad(), pytest.raises(RuntimeError, match="call the model without output_attentions"):
+        small(x, output_attentions=True)
+
+
+def test_blocks_of_several_sequences_are_refused() -> None:
+    m = timm.create_model("crossvit_tiny_240", depth=[[1, 1, 0]], num_classes=7)
+    for step in STEPS.values():
+        with pytest.raises(rc.UnsupportedModelError, match=r"MultiScaleBlock.*: each takes two sequences"):
+            rc.compress(m, step, example_input=torch.zeros(1, 3, 240, 240))
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["beit", "relpos bias cls", "relpos", "beit shared", "hf beit", "hf data2vec", "hf data2vec shared"],
+)
 def test_pooled_relative_positions_have_the_distances_of_their_windows(kind: str) -> None:
     m, x = build(kind), image(kind)
     small = rc.compress(m, rc.TokenPool(after_block=0, stride=(2, 1)), example_input=x)
@@ -205,6 +277,14 @@ def test_pooled_relative_positions_have_the_distances_of_their_windows(kind: str
         if kind == "beit shared":
             given = model.rel_pos_bias()
             return given if model is m else blocks_of(small)[i].on_own_grid((given,), {})[0][0]
+        if kind == "hf data2vec shared":
+            given = model.encoder.relative_position_bias((4, 4))
+            arguments = {"relative_position_bias": given}
+            return (arguments if model is m else blocks_of(small)[i].on_own_grid((), arguments)[1])[
+                "relative_position_bias"
+            ][0]
+        if kind == "hf data2vec":
+            return model.encoder.layer[i].attention.attention.relative_position_bias((4, 4), False, dim_size=17)[0]
         if kind == "hf beit":
             return model.layers[i].relative_position_bias((4, 4), False, dim_size=17)[0]
         attn = model.blocks[i].attn
@@ -212,7 +292,7 @@ def test_pooled_relative_positions_have_the_distances_of_their_windows(kind: str
 
     with torch.no_grad():
         full, pooled = bias(m, 1), bias(small, 1)
-        torch.testing.assert_close(bias(small, 0) if kind != "beit shared" else full, bias(m, 0))
+        torch.testing.assert_close(full if "shared" in kind else bias(small, 0), bias(m, 0))
     assert pooled.shape[-1] == prefix + 8
     for a in range(8):
         for b in range(8):

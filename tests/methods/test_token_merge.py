@@ -1,5 +1,7 @@
 """token_merge: a slow reference written from the paper, and what must be conserved."""
 
+import re
+
 import hypothesis.strategies as st
 import pytest
 import timm
@@ -118,7 +120,9 @@ def tokens_seen(model: torch.nn.Module, x: Tensor = X) -> list[int]:
     [
         (rc.TokenMerge(r=2), [14, 12, 10, 8]),
         (rc.TokenMerge(r=[0, 5, 0, 1]), [16, 11, 11, 10]),
-        (rc.TokenMerge(r=99), [8, 4, 2, 1]),
+        pytest.param(
+            rc.TokenMerge(r=99), [8, 4, 2, 1], marks=pytest.mark.filterwarnings("ignore:.*r=99 cannot be reached")
+        ),
         (rc.TokenMerge(keep=0.5), [14, 12, 10, 8]),
         (rc.TokenMerge(keep=0.7), [15, 14, 12, 11]),
         (rc.TokenMerge(r=0), [16, 16, 16, 16]),
@@ -240,6 +244,29 @@ def test_torchscript_of_each_scripted_block() -> None:
 def test_what_does_not_fit_is_refused(spec: rc.Spec, message: str) -> None:
     with pytest.raises(rc.SpecError, match=message):
         rc.compress(vit(), spec, example_input=X)
+
+
+@pytest.mark.parametrize(
+    ("options", "step", "message"),
+    [
+        (
+            {},
+            rc.TokenMerge(r=5),
+            r"token_merge.r=5 cannot be reached in 2 of 4 blocks, first in block 2: at most half of the tokens merge "
+            "at a time, so 2 of 16 patch tokens leave the last block",
+        ),
+        ({}, rc.TokenMerge(r=[0, 9, 0, 0]), r"token_merge.r=\(0, 9, 0, 0\) cannot be reached in 1 of 4 .* so 8 of 16"),
+        (
+            {"features_only": True},
+            rc.TokenMerge(keep=0.25),
+            "token_merge.keep=0.25 cannot be reached in 2 of 4 .* the last block computes on 8 of 16 patch tokens",
+        ),
+    ],
+)
+def test_what_is_reached_is_said_once(options: dict[str, bool], step: rc.TokenMerge, message: str) -> None:
+    with pytest.warns(rc.RescompressWarning) as caught:
+        rc.compress(vit(**options), step, example_input=X)
+    assert len(caught) == 1 and re.match(message, str(caught[0].message))
 
 
 def test_nothing_to_merge_is_an_error() -> None:

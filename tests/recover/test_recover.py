@@ -121,6 +121,17 @@ def test_features_and_labels_are_learned_from() -> None:
     assert not small.layer1._forward_hooks and not teacher.layer1._forward_hooks
 
 
+def test_dense_labels_are_compared_at_their_own_size_and_255_is_no_class() -> None:
+    teacher, small = pair(dense=True)
+    labels = torch.arange(8 * 32 * 32).reshape(8, 32, 32) % 5
+    labels[:, :4] = 255
+    batch = Batch((images()[0],), {}, labels)
+    losses = rc.Distillation(label_weight=0.5).losses(small.eval(), teacher.eval(), batch)
+    with torch.no_grad():
+        logits = F.interpolate(small(batch.args[0]), size=(32, 32), mode="bilinear")
+    torch.testing.assert_close(losses["labels"], F.cross_entropy(logits[:, :, 4:], labels[:, 4:]))
+
+
 def endless() -> Iterator[Tensor]:
     yield from itertools.repeat(images(1)[0] * float("nan"))
 

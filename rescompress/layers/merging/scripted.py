@@ -12,6 +12,9 @@ from rescompress.layers.merging.base import MergingBlock
 class MergeAttention(nn.Module):
     """timm's self-attention that also weighs keys by token size and returns its mean key as a metric.
 
+    Args:
+        attn: `timm.layers.attention.Attention`; its children are adopted, not copied.
+
     Shape:
         - x: (B, N, C)
         - size: (B, N, 1) or None
@@ -19,11 +22,6 @@ class MergeAttention(nn.Module):
     """
 
     __constants__ = ["attn_dim", "head_dim", "num_heads"]
-
-    @classmethod
-    def from_attention(cls, attn: nn.Module) -> "MergeAttention":
-        """Build from `timm.layers.attention.Attention`; its children are adopted, not copied."""
-        return cls(attn)
 
     def __init__(self, attn: Any) -> None:
         super().__init__()
@@ -59,6 +57,9 @@ class MergeAttention(nn.Module):
 class MergeMultiheadAttention(nn.Module):
     """`nn.MultiheadAttention` as self-attention that weighs keys by token size and returns its mean key.
 
+    Args:
+        attn: a batch-first one; its parameters are shared, not copied.
+
     Shape:
         - x: (B, N, C)
         - size: (B, N, 1) or None
@@ -66,11 +67,6 @@ class MergeMultiheadAttention(nn.Module):
     """
 
     __constants__ = ["dropout", "head_dim", "num_heads"]
-
-    @classmethod
-    def from_attention(cls, attn: nn.MultiheadAttention) -> "MergeMultiheadAttention":
-        """Build from a batch-first self-attention; parameters are shared, not copied."""
-        return cls(attn)
 
     def __init__(self, attn: nn.MultiheadAttention) -> None:
         super().__init__()

@@ -16,7 +16,7 @@ from rescompress.layers.merging.scripted import (
     TimmPostNormMergeBlock,
     TorchvisionMergeBlock,
 )
-from rescompress.layers.token_positions import argument_names
+from rescompress.layers.token_positions import SEVERAL_SEQUENCES, argument_names
 
 _SCRIPTED: dict[str, tuple[type[MergingBlock], str]] = {
     "timm.models.vision_transformer.Block": (TimmMergeBlock, "attn"),
@@ -24,13 +24,15 @@ _SCRIPTED: dict[str, tuple[type[MergingBlock], str]] = {
     "torchvision.models.vision_transformer.EncoderBlock": (TorchvisionMergeBlock, "self_attention"),
 }
 _SCRIPTED_ATTENTIONS: dict[str, Callable[[Any], nn.Module]] = {
-    "timm.layers.attention.Attention": MergeAttention.from_attention,
-    "torch.nn.modules.activation.MultiheadAttention": MergeMultiheadAttention.from_attention,
+    "timm.layers.attention.Attention": MergeAttention,
+    "torch.nn.modules.activation.MultiheadAttention": MergeMultiheadAttention,
 }
 _PARTS: dict[str, Parts] = timm_blocks.BLOCKS | transformers_blocks.BLOCKS | mmseg_blocks.BLOCKS
 _ATTENTIONS = timm_blocks.ATTENTIONS | transformers_blocks.ATTENTIONS | mmseg_blocks.ATTENTIONS
 _OWN_KINDS: dict[str, type[GeneralMergeBlock]] = {
     "transformers.models.beit.modeling_beit.BeitLayer": transformers_blocks.BeitMergeLayer,
+    "transformers.models.data2vec.modeling_data2vec_vision.Data2VecVisionLayer": transformers_blocks.Data2VecMergeLayer,
+    "transformers.models.dpt.modeling_dpt.DPTViTLayer": transformers_blocks.NestedMergeLayer,
     "mmseg.models.backbones.vit.TransformerEncoderLayer": mmseg_blocks.MmsegMergeLayer,
 }
 
@@ -40,7 +42,7 @@ BLOCKS = (*_SCRIPTED, *_PARTS)
 ATTENTIONS = (*_SCRIPTED_ATTENTIONS, *_ATTENTIONS)
 """Classes of their attentions."""
 
-REFUSED = {
+REFUSED = SEVERAL_SEQUENCES | {
     "timm.models.vision_transformer.ParallelScalingBlock": "attention and MLP run side by side on the same tokens, so "
     "that there is no place between them to merge",
     "timm.models.vision_transformer.DiffParallelScalingBlock": "attention and MLP run side by side on the same tokens, "

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from rescompress.layers.merging.base import MergingAttention
 from rescompress.layers.merging.general import Parts, rotated
-from rescompress.layers.token_positions import gather_bias, gather_rotary
+from rescompress.layers.token_positions import ROTARY_PARTS, gather_bias, gather_rotary
 
 Seen = tuple[Tensor, None, Tensor]
 """What a merging attention returns: its output (B, N, C), no weights, and its mean key (B, N, head_dim)."""
@@ -64,6 +64,31 @@ class RotaryAttention(MergingAttention):
             return tuple(part.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for part in projected)
         qkv = _biased_qkv(self, x) if getattr(self, "q_bias", None) is not None else self.qkv(x)
         return qkv.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)  # type: ignore[no-any-return]
+
+
+class GemmaAttention(MergingAttention):
+    """Gemma 4's attention: normed queries, keys and values, half of whose channels turns with each axis."""
+
+    def forward(self, x: Tensor, size: Tensor | None, index: Tensor | None, given: dict[str, Any]) -> Seen:
+        q, k, v = (
+            norm(project(x).unflatten(-1, (-1, self.head_dim))).transpose(1, 2)
+            for project, norm in ((self.q_proj, self.q_norm), (self.k_proj, self.k_norm), (self.v_proj, self.v_norm))
+        )
+        metric = k.mean(dim=1)
+        sin, cos = (given[name].unsqueeze(1) for name in ROTARY_PARTS)
+        if index is not None:
+            sin, cos = gather_rotary(sin, index), gather_rotary(cos, index)
+        q, k = _turned_by_axis(q, sin, cos), _turned_by_axis(k, sin, cos)
+        groups = q.shape[1] // k.shape[1]
+        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+        dropout = self.attn_drop.p if self.training else 0.0
+        x = self.attend(q, k, v, size, None, dropout_p=dropout, scale=1.0)
+        return self.proj_drop(self.o_proj(x)), None, metric
+
+
+def _turned_by_axis(x: Tensor, sin: Tensor, cos: Tensor) -> Tensor:
+    halves = zip(x.chunk(2, dim=-1), sin.chunk(2, dim=-1), cos.chunk(2, dim=-1), strict=True)
+    return torch.cat([rotated(part, part_sin, part_cos, True) for part, part_sin, part_cos in halves], dim=-1)
 
 
 class RelPosAttention(MergingAttention):
@@ -129,6 +154,7 @@ ATTENTIONS: dict[str, type[MergingAttention]] = {
     "timm.models.beit.Attention": BeitAttention,
     "timm.models.cait.TalkingHeadAttn": TalkingHeadsAttention,
     "timm.models.convit.MHSA": PlainAttention,
+    "timm.models.gemma4_vit.Gemma4Attention": GemmaAttention,
 }
 
 _DROPS: dict[str, Any] = {"after_attention": ("drop_path1",), "after_mlp": ("drop_path2",)}
@@ -152,4 +178,7 @@ BLOCKS: dict[str, Parts] = {
         after_attention=("gamma_1", "drop_path"), after_mlp=("gamma_2", "drop_path")
     ),
     "timm.models.convit.Block": Parts(after_attention=("drop_path",), after_mlp=("drop_path",)),
+    "timm.models.gemma4_vit.Gemma4Block": Parts(
+        norms=("norm1", "norm3"), after_attention=("norm2", "drop_path"), after_mlp=("norm4", "drop_path"), places=True
+    ),
 }
