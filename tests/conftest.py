@@ -5,6 +5,9 @@ import os
 import pytest
 import torch
 
+# lightning 2.6 itself calls jsonargparse by old names (add_instantiator)
+os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
+
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # the workers share the cores
 

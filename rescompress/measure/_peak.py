@@ -53,9 +53,10 @@ def peak_bytes(was_reset: bool) -> int:
     return _max_rss_bytes() if value is None else value
 
 
-def give_back_freed_memory() -> None:
-    """Return to the system what was freed, so that it does not count as taken."""
-    gc.collect()
+def give_back_freed_memory(collect: bool = True) -> None:
+    """Return to the system what was freed, so that it does not count as taken; `collect` what hangs in cycles first."""
+    if collect:
+        gc.collect()
     with contextlib.suppress(AttributeError, OSError):  # only glibc has it
         ctypes.CDLL(None).malloc_trim(0)
 

@@ -1,0 +1,201 @@
+"""Checkpoints that say how their model was compressed, are whole or not there, and give the model back."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import nn
+
+from rescompress.compress import Record
+from rescompress.errors import CheckpointError, InputError, SpecError
+from rescompress.spec import Spec
+
+KEY = "rescompress"
+"""Where a checkpoint holds what this file writes into it."""
+
+
+def record_in(module: nn.Module, checkpoint: dict[str, Any]) -> None:
+    """Write into a checkpoint which modules are compressed, and how."""
+    checkpoint[KEY] = {"class": type(module).__name__, "parts": _parts(module)}
+
+
+def refuse_other_spec(module: nn.Module, checkpoint: Mapping[str, Any]) -> None:
+    """Compare a checkpoint's specs with those of a module: names of weights are the same whatever the spec.
+
+    A checkpoint without any record, of an uncompressed model, is let through.
+
+    Raises:
+        InputError: they differ.
+    """
+    saved = (checkpoint.get(KEY) or {}).get("parts")
+    if saved is None:
+        return
+    own = _parts(module)
+    for name in sorted(saved.keys() | own.keys()):
+        was, now = (parts.get(name, {}).get("spec") for parts in (saved, own))
+        if was != now:
+            raise InputError(
+                f"the checkpoint is of another compression: {name or 'the model'} was {_said(was)}, and is "
+                f"{_said(now)} now; give the spec of the checkpoint, or begin anew"
+            )
+
+
+class SpecInCheckpoint(Callback):
+    """Write the specs of all compressed modules of any LightningModule into its checkpoints, and compare on loading."""
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Write them."""
+        record_in(pl_module, checkpoint)
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Compare them."""
+        refuse_other_spec(pl_module, checkpoint)
+
+
+def load_model(path: str | Path) -> nn.Module:
+    """Rebuild the compressed model of a checkpoint of Classifier or Segmenter, in evaluation mode; runs no code in it.
+
+    Raises:
+        InputError: there is no such file, it is damaged, or it is of another LightningModule.
+    """
+    from rescompress.lightning.classifier import Classifier
+    from rescompress.lightning.segmenter import Segmenter
+
+    kinds = {kind.__name__: kind for kind in (Classifier, Segmenter)}
+    name = (read_checkpoint(path).get(KEY) or {}).get("class")
+    if name not in kinds:
+        raise InputError(
+            f"{path} is no checkpoint of {' or '.join(kinds)}; load it by its own class, "
+            f"{name or 'YourModule'}.load_from_checkpoint"
+        )
+    model: nn.Module = kinds[name].load_from_checkpoint(path, map_location="cpu").model
+    return model.eval()
+
+
+def spec_in(path: str | Path, module: str = "model") -> Spec:
+    """Return the spec with which a module of a checkpoint was compressed.
+
+    Raises:
+        InputError: the file cannot be read.
+        SpecError: that module is not compressed.
+    """
+    parts = (read_checkpoint(path).get(KEY) or {}).get("parts") or {}
+    if module not in parts:
+        raise SpecError(f"{path} says of no compressed module {module!r}; it has {', '.join(parts) or 'none'}")
+    return Spec.from_dict(parts[module]["spec"])
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Return what a checkpoint holds, its tensors left on the disk; no code in it is run.
+
+    Raises:
+        InputError: there is no such file, or it is damaged.
+    """
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except FileNotFoundError as error:
+        raise InputError(f"there is no checkpoint {path}") from error
+    except Exception as error:  # a damaged pickle fails in any way
+        raise InputError(f"{path} is damaged or no checkpoint: {type(error).__name__}; take another one") from error
+    if not isinstance(found, dict) or "state_dict" not in found:
+        raise InputError(f"{path} is no checkpoint of Lightning")
+    return found
+
+
+class LastCheckpoint(ModelCheckpoint):
+    """Keep last.ckpt up to date: every so many steps, after each epoch with its validation, and at the very end.
+
+    Within the last batch of an epoch nothing is written, for the end of the epoch follows.
+
+    Args:
+        dirpath: folder of last.ckpt.
+        every_n_train_steps: so many.
+    """
+
+    def __init__(self, dirpath: str | None = None, every_n_train_steps: int = 500) -> None:
+        super().__init__(
+            dirpath=dirpath,
+            every_n_train_steps=every_n_train_steps,
+            save_last=True,
+            save_top_k=0,
+            save_on_train_epoch_end=True,
+            enable_version_counter=False,
+        )
+
+    def on_train_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
+        """Save after so many steps."""
+        if not trainer.is_last_batch:
+            super().on_train_batch_end(trainer, *args, **kwargs)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save, also where this step was saved before the validation."""
+        self._save_now(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save once more, for what other callbacks did to the model at the end."""
+        self._save_now(trainer)
+
+    def _save_now(self, trainer: Trainer) -> None:
+        if not is_dry(trainer) and not trainer.sanity_checking:
+            self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+
+
+class AtomicCheckpoints(TorchCheckpointIO):
+    """Write a checkpoint beside the old one and put it in its place when it is whole, so that one of both always is.
+
+    Lightning writes to the system's folder of temporary files and moves from there: from another disk that is a copy,
+    and a kill within it leaves half a file in place of the checkpoint.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """Write it.
+
+        Raises:
+            CheckpointError: the disk is full, or the file cannot be written.
+        """
+        if "://" in str(path):  # object stores put whole objects
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        target = Path(path)
+        part = target.with_name(f".{target.name}.part")
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with part.open("wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(part, target)
+        except (OSError, RuntimeError) as error:
+            reason = error if isinstance(error, OSError) else error.__context__
+            if not isinstance(reason, OSError):  # no failure of the disk
+                raise
+            left = "the one from before is still there, whole" if target.exists() else "there is none from before"
+            raise CheckpointError(
+                f"cannot write the checkpoint {target}: {reason.strerror or reason}; {left}; free some space and run "
+                "the same command again"
+            ) from error
+        finally:
+            part.unlink(missing_ok=True)
+
+
+def is_dry(trainer: Any) -> bool:
+    """Whether it is a dry run (fast_dev_run), which leaves nothing behind."""
+    return bool(trainer.fast_dev_run)
+
+
+def _parts(module: nn.Module) -> dict[str, Any]:
+    records = {name: getattr(one, "_rescompress", None) for name, one in module.named_modules()}
+    return {
+        name: {"spec": record.spec.to_dict(), "input_size": list(record.anatomy.input_size)}
+        for name, record in records.items()
+        if isinstance(record, Record)
+    }
+
+
+def _said(spec: Mapping[str, Any] | None) -> str:
+    return "not compressed" if spec is None else f"compressed by {spec['steps']}"

@@ -1,0 +1,240 @@
+"""The command line of the recipes: one YAML file is one run, in its own folder, that can be killed at any moment."""
+
+import importlib.util
+import os
+import sys
+from pathlib import Path
+from typing import Any, NoReturn
+
+from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch.callbacks import Timer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.plugins.io import CheckpointIO
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
+
+from rescompress.errors import InputError, RescompressError
+from rescompress.lightning._configs import with_extended, with_seed, without_missing
+from rescompress.lightning._trained import Trained
+from rescompress.lightning.checkpoints import (
+    AtomicCheckpoints,
+    LastCheckpoint,
+    SpecInCheckpoint,
+    is_dry,
+    read_checkpoint,
+)
+from rescompress.lightning.cost import CostMonitor
+from rescompress.lightning.results import FILE, costs, gather
+
+RUNS = "runs"
+LAST = "last.ckpt"
+
+_TEST = {"model", "dataloaders", "datamodule", "verbose"}
+
+
+class RecipeCLI(LightningCLI):
+    """LightningCLI with a folder for each run: runs/RECIPE/CONFIG/seedSEED, RECIPE and CONFIG being names of files.
+
+    `fit` goes on from last.ckpt where there is one, tests the weights that it ends with and writes results.json; `test`
+    does the latter with last.ckpt or another checkpoint. Both test the copy in low bits, too, where the model has a
+    `deploy`. `seed_everything` is the seed of model and data as well, and stands for "{seed}" in a config's paths. A
+    config may build on another one by a top-level key `extends`, a path relative to it.
+
+    Args:
+        model_class: Classifier, Segmenter or a subclass.
+        datamodule_class: of the data; with `subclass_mode_data=True`, the config names the class.
+        **options: of LightningCLI.
+    """
+
+    def __init__(
+        self, model_class: type[Trained], datamodule_class: type[LightningDataModule] | None = None, **options: Any
+    ) -> None:
+        options.setdefault("save_config_kwargs", {"overwrite": True})
+        options.setdefault("seed_everything_default", 0)
+        # The samplers of the DataModules give each rank its share themselves.
+        defaults = {"use_distributed_sampler": False, "enable_model_summary": False}  # CostMonitor counts what it would
+        options["trainer_defaults"] = {**defaults, **options.get("trainer_defaults", {})}
+        if os.getcwd() not in sys.path:  # as `python -m` has it: configs name classes of the current folder
+            sys.path.insert(0, os.getcwd())
+        super().__init__(model_class, datamodule_class, auto_configure_optimizers=False, **options)
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Return the commands, and the arguments of the trainer's methods that are no options of theirs."""
+        return {"fit": {"model", "train_dataloaders", "val_dataloaders", "datamodule"}, "test": _TEST}
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add what belongs to the run and not to the trainer."""
+        parser.add_argument(
+            "--folder", type=str | None, default=None, help="of the run; runs/RECIPE/CONFIG/seedSEED by default"
+        )
+        parser.add_argument("--fresh", action="store_true", help="begin anew where there is a checkpoint to go on from")
+        parser.add_argument("--extends", type=str | None, default=None, help="another config that this one builds on")
+        parser.add_argument("--checkpoint_every", type=int, default=500, help="steps between two writings of last.ckpt")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse the arguments, each config behind the one that it extends."""
+        if args is None or isinstance(args, list):
+            self.config = parser.parse_args(with_extended(sys.argv[1:] if args is None else args))
+            if self.config.get("subcommand"):
+                self.config[self.config.subcommand]["extends"] = None  # it has been merged, and is saved as one
+        else:
+            super().parse_arguments(parser, args)
+
+    def before_instantiate_classes(self) -> None:
+        """Give model and data the seed of the run, and put it into paths that name other runs of the same seed."""
+        config: Any = self.config[self.subcommand] if self.subcommand else self.config
+        seed = int(config["seed_everything"])
+        for key in ("model", "trainer"):
+            config[key] = with_seed(config[key], seed)
+            if config["trainer"].get("fast_dev_run"):
+                config[key], missing = without_missing(config[key])
+                for path in missing:
+                    rank_zero_info(f"{path} is not there; this dry run does without it")
+        for key in ("model.seed", "model.init_args.seed", "data.seed", "data.init_args.seed"):
+            if key in config:
+                config[key] = seed
+
+    def _parse_ckpt_path(self) -> None:
+        """Leave the config as it is: LightningCLI would overwrite the model's part by that of the checkpoint."""
+
+    @property
+    def recipe(self) -> str:
+        """Name of the script."""
+        return Path(sys.argv[0]).stem
+
+    @property
+    def config_name(self) -> str:
+        """Name of the last config file."""
+        files = self._get(self.config, "config") or []
+        return Path(str(files[-1])).stem if files else "default"
+
+    @property
+    def folder(self) -> Path:
+        """Folder of the run."""
+        given = self._get(self.config, "folder")
+        seed = int(self._get(self.config, "seed_everything"))
+        return Path(given) if given is not None else Path(RUNS, self.recipe, self.config_name, f"seed{seed}")
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Make the trainer, with the callbacks, loggers and plugins that the config does not name itself."""
+        config: Any = self._get(self.config_init, "trainer", default={})
+        folder = str(self.folder)
+        callbacks = _as_list(config.get("callbacks"))
+        own = [SpecInCheckpoint(), CostMonitor(folder)]
+        if config.get("enable_checkpointing") is not False:
+            own.append(LastCheckpoint(folder, self._get(self.config, "checkpoint_every")))
+        if config.get("max_time") is None:  # else Lightning makes its own timer
+            own.append(Timer(verbose=False))
+        callbacks += [one for one in own if not any(isinstance(given, type(one)) for given in callbacks)]
+        plugins = _as_list(config.get("plugins"))
+        if not any(isinstance(one, CheckpointIO) for one in plugins):
+            plugins.append(AtomicCheckpoints())
+        kwargs = {"callbacks": callbacks, "plugins": plugins, **kwargs}
+        if config.get("logger") in (None, True):
+            kwargs.setdefault("logger", _loggers(folder))
+        if config.get("default_root_dir") is None:
+            kwargs.setdefault("default_root_dir", folder)
+        return super().instantiate_trainer(**kwargs)
+
+    # LightningCLI calls these in place of the trainer's.
+
+    def fit(self, model: Trained, ckpt_path: Any = None, **options: Any) -> None:
+        """Train, from last.ckpt on if it is there, then test and write results.json."""
+        if ckpt_path is None and not is_dry(self.trainer):
+            ckpt_path = self._begin_anew() if self._get(self.config, "fresh") else self._resume()
+        self.trainer.fit(model, ckpt_path=ckpt_path, **options)
+        metrics = _numbers(self.trainer, "val/")
+        epochs, steps = self.trainer.current_epoch, self.trainer.global_step
+        self._test(model, metrics, epochs, steps)
+
+    def test(self, model: Trained, ckpt_path: Any = None, **options: Any) -> None:
+        """Test last.ckpt, or another checkpoint, and write results.json."""
+        path = ckpt_path or self.folder / LAST
+        progress = read_checkpoint(path)
+        epochs, steps = int(progress["epoch"]), int(progress["global_step"])
+        del progress
+        self._test(model, {}, epochs, steps, ckpt_path=path, **options)
+
+    def _resume(self) -> Path | None:
+        last = self.folder / LAST
+        if not last.exists():
+            return None
+        try:
+            found = read_checkpoint(last)
+        except InputError as error:
+            raise InputError(f"{error}; to begin anew, say --fresh") from error
+        rank_zero_info(
+            f"going on from {last}, step {found['global_step']} (epoch {found['epoch']}); to begin anew, say --fresh"
+        )
+        return last
+
+    @rank_zero_only
+    def _begin_anew(self) -> None:
+        """Put away what the earlier run left, so that a later start does not go on from it."""
+        last = self.folder / LAST
+        if last.exists():
+            os.replace(last, last.with_suffix(".old"))
+            rank_zero_info(f"beginning anew; the last checkpoint of the earlier run is now {last.with_suffix('.old')}")
+        (self.folder / FILE).unlink(missing_ok=True)
+
+    def _test(
+        self, model: Trained, metrics: dict[str, float], epochs: int, steps: int, ckpt_path: Any = None, **options: Any
+    ) -> None:
+        """Test the model and its copy in low bits, and write down both."""
+        options["datamodule"] = self.datamodule
+        self.trainer.test(model, ckpt_path=ckpt_path, **options)
+        metrics = metrics | _numbers(self.trainer, "test/")
+        cost, deployed = costs(self.trainer), None
+        if model.deploy is not None:
+            with model.deployed():
+                self.trainer.test(model, **options)
+                metrics |= _numbers(self.trainer, "deployed/")
+                deployed = {"weight_bytes": model.deployed_bytes, **costs(self.trainer, "inference_")}
+        if is_dry(self.trainer) or not self.trainer.is_global_zero:
+            return
+        result = gather(
+            self.trainer,
+            model,
+            recipe=self.recipe,
+            config=self.config_name,
+            metrics=metrics,
+            epochs=epochs,
+            steps=steps,
+            cost=cost,
+            deployed_cost=deployed,
+        )
+        rank_zero_info(f"wrote {result.write(self.folder)}")
+
+
+def main(
+    model_class: type[Trained], datamodule_class: type[LightningDataModule] | None = None, **options: Any
+) -> RecipeCLI:
+    """Run a recipe's command line; what rescompress refuses becomes one line and exit code 1."""
+    try:
+        return RecipeCLI(model_class, datamodule_class, **options)
+    except RescompressError as error:
+        _fail(error)
+
+
+def _fail(error: RescompressError) -> NoReturn:
+    print(f"error: {error}", file=sys.stderr, flush=True)
+    raise SystemExit(1) from error
+
+
+def _loggers(folder: str) -> list[Any]:
+    # A CSVLogger deletes what is in its folder, so each start writes into one of its own: logs/version_0, ...
+    loggers: list[Any] = [CSVLogger(folder, name="logs")]
+    if importlib.util.find_spec("tensorboard") is not None:
+        loggers.insert(0, TensorBoardLogger(folder, name="", version=""))
+    return loggers
+
+
+def _numbers(trainer: Trainer, prefix: str) -> dict[str, float]:
+    return {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith(prefix)}
+
+
+def _as_list(value: Any) -> list[Any]:
+    if value is None:
+        return []
+    return list(value) if isinstance(value, list | tuple) else [value]

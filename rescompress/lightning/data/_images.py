@@ -1,0 +1,177 @@
+"""Image files: reading, decoding, augmenting each with its own random numbers, and what to do about corrupt ones."""
+
+import io
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from rescompress.errors import InputError, one_line
+from rescompress.lightning.data._augment import Transform
+from rescompress.lightning.data._base import Size
+from rescompress.lightning.data._loader import Encoded, Loaded
+from rescompress.lightning.data._order import drawn
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+UNREADABLE = (OSError, ValueError, SyntaxError, RuntimeError, Image.DecompressionBombError)
+"""What Pillow and torchvision raise on a damaged file."""
+
+
+def decode(data: bytes) -> Tensor:
+    """Decode an image of any format that Pillow reads, in three channels.
+
+    Shape:
+        - Output: (3, H, W), uint8
+
+    Raises:
+        OSError, ValueError, SyntaxError: it is damaged or no image.
+    """
+    with Image.open(io.BytesIO(data)) as image:
+        # Not made contiguous: resizing is twice as fast while the channels of a pixel lie together.
+        return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+
+
+def decode_on(files: Sequence[Tensor], device: torch.device) -> list[Tensor | Exception]:
+    """Decode files on a device, JPEG by its hardware decoder where there is one; errors in the place of broken ones.
+
+    Shape:
+        - Output: (3, H, W) each, uint8
+    """
+    from torchvision.io import ImageReadMode, decode_jpeg
+
+    with warnings.catch_warnings():
+        # torchvision 0.29 says that TorchCodec is to take over; it is the one that decodes on the GPU until then.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        try:
+            return list(decode_jpeg(list(files), mode=ImageReadMode.RGB, device=device))
+        except (RuntimeError, ValueError):  # one of them is damaged, or of another format: each by itself
+            return [_decode_one(file, device) for file in files]
+
+
+def _decode_one(file: Tensor, device: torch.device) -> Tensor | Exception:
+    from torchvision.io import ImageReadMode, decode_jpeg
+
+    try:
+        image: Tensor = decode_jpeg([file], mode=ImageReadMode.RGB, device=device)[0]
+        return image
+    except (RuntimeError, ValueError):
+        try:
+            return decode(file.numpy().tobytes()).to(device)
+        except UNREADABLE as error:
+            return error
+
+
+class ImageFiles:
+    """Map-style images on disk.
+
+    Paths are kept in one array: a list of strings is copied into every worker, reference count by reference count.
+
+    Args:
+        root: folder that the paths are relative to.
+        paths: of the images.
+        labels: class of each.
+        transforms: one for each size; a key's second part says which.
+        training: whether the samples get random numbers.
+        corrupt: "stop" or "skip"; in training, a broken file is replaced by the next readable one.
+        encoded: give the files as they are, to be decoded on the device.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        paths: Sequence[str],
+        labels: Sequence[int],
+        transforms: Sequence[Transform],
+        sizes: Sequence[Size],
+        *,
+        training: bool,
+        corrupt: str,
+        encoded: bool,
+    ) -> None:
+        self.root = str(root)
+        self.paths = np.array([path.encode() for path in paths], dtype=bytes)
+        self.labels = torch.tensor(labels, dtype=torch.int64)
+        self.transforms = tuple(transforms)
+        self.sizes = tuple(sizes)
+        self.training = training
+        self.corrupt = corrupt
+        self.encoded = encoded
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitems__(self, keys: list[tuple[tuple[int, int], int]]) -> Loaded:
+        choice = keys[0][1]
+        read = as_they_are if self.encoded else Decoded(self.transforms[choice])
+        found: list[tuple[Tensor, int, int]] = []
+        broken: list[tuple[str, str]] = []
+        for (index, draw), _ in keys:
+            # A thousand broken files in a row are no accident, and reading on would look like a run that hangs.
+            for other in range(index, index + (min(len(self), 1000) if self.training else 1)):
+                other %= len(self)
+                name = self.name(other)
+                try:
+                    found.append((read(Path(self.root, name).read_bytes(), draw), other, draw))
+                    break
+                except UNREADABLE as error:
+                    broken.append((name, one_line(error)))
+                    if self.corrupt == "stop":
+                        return Loaded(torch.empty(0), torch.empty(0), (), broken=tuple(broken))
+            else:
+                if self.training:
+                    raise InputError(
+                        f"{len(broken)} files in a row cannot be read, such as {broken[-1]}; mend the data"
+                    )
+        return gathered(
+            [image for image, _, _ in found],
+            self.labels[[index for _, index, _ in found]],
+            [self.name(index) for _, index, _ in found],
+            [draw for _, _, draw in found] if self.training else None,
+            self.sizes[choice] if self.encoded else None,
+            broken,
+        )
+
+    def name(self, index: int) -> str:
+        """Return a sample's path below the root."""
+        return str(self.paths[index].decode())
+
+
+def as_they_are(data: bytes, draw: int) -> Tensor:
+    """Return the bytes of a file as a tensor."""
+    if not data:
+        raise OSError("the file is empty")
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8)
+
+
+class Decoded:
+    """Decodes and transforms an image by its own random numbers."""
+
+    def __init__(self, transform: Transform) -> None:
+        self.transform = transform
+
+    def __call__(self, data: bytes, draw: int) -> Tensor:
+        image = decode(data)
+        with drawn(draw):
+            return self.transform(image)
+
+
+def gathered(
+    images: list[Tensor],
+    labels: Tensor,
+    names: list[str],
+    draws: list[int] | None,
+    size: Size | None,
+    broken: list[tuple[str, str]],
+) -> Loaded:
+    """Make a batch; files that are still to be decoded (vectors of bytes) stay apart."""
+    together: Any = images
+    if images:
+        together = Encoded(images) if images[0].ndim == 1 else torch.stack(images)
+    seeds = None if draws is None else torch.tensor(draws, dtype=torch.int64)
+    return Loaded(together, labels, tuple(names), seeds, size, tuple(broken))

@@ -1,0 +1,211 @@
+"""What a finished run leaves behind: scores, cost, hardware, versions, date and command, in one results.json."""
+
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import shlex
+import sys
+from dataclasses import asdict, dataclass, fields
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import Timer
+
+import rescompress
+from rescompress.errors import InputError
+from rescompress.lightning._trained import Trained
+from rescompress.lightning.cost import CostMonitor
+from rescompress.measure import count_macs, parameter_count
+
+FILE = "results.json"
+
+_LIBRARIES = ("lightning", "torchvision", "timm", "transformers", "onedl-mmsegmentation", "torchao")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """One run. Numbers are raw; None is what is not known.
+
+    Attributes:
+        recipe: name of the script
+        config: name of its config
+        seed: of everything random
+        command: that was run
+        date: when it ended, UTC
+        finished: whether all epochs or steps were done
+        epochs: begun or done
+        steps: of the optimizer
+        seconds: of training, interruptions left out
+        model: reference
+        spec: how it was compressed; None for an original
+        deploy: low bits that a copy was tested with
+        train_size: (height, width) of the images in training
+        test_size: and in the test
+        metrics: by name: test/..., deployed/... of the copy in low bits, and the last val/...
+        macs: of one test image, before low bits
+        parameters: how many
+        cost: what CostMonitor measured
+        deployed_cost: bytes of the weights in low bits, and what CostMonitor measured of their inference
+        processes: that trained
+        hardware: processor, cores, GPU
+        versions: of Python and the libraries
+    """
+
+    recipe: str
+    config: str
+    seed: int
+    command: str
+    date: str
+    finished: bool
+    epochs: int
+    steps: int
+    seconds: float
+    model: str
+    spec: dict[str, Any] | None
+    deploy: dict[str, Any] | None
+    train_size: tuple[int, int] | None
+    test_size: tuple[int, int] | None
+    metrics: dict[str, float | None]
+    macs: int | None
+    parameters: int
+    cost: dict[str, Any]
+    deployed_cost: dict[str, Any] | None
+    processes: int
+    hardware: dict[str, Any]
+    versions: dict[str, str]
+
+    def write(self, folder: str | Path) -> Path:
+        """Write results.json into a folder, whole or not at all, and return its path."""
+        path = Path(folder) / FILE
+        part = path.with_name(f".{FILE}.part")
+        part.parent.mkdir(parents=True, exist_ok=True)
+        part.write_text(json.dumps(_plain(asdict(self)), indent=2) + "\n", encoding="utf-8")
+        os.replace(part, path)
+        return path
+
+    @classmethod
+    def read(cls, path: str | Path) -> Self:
+        """Read a results.json, or that of a folder.
+
+        Raises:
+            InputError: there is none, or it is not one.
+        """
+        path = Path(path) / FILE if Path(path).is_dir() else Path(path)
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+            sizes = {name: data[name] and (data[name][0], data[name][1]) for name in ("train_size", "test_size")}
+            return cls(**{field.name: data[field.name] for field in fields(cls)} | sizes)
+        except OSError as error:
+            raise InputError(f"cannot read {path}: {error.strerror}") from error
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{path} is no results.json of this version: {type(error).__name__}: {error}") from error
+
+
+def gather(
+    trainer: Trainer,
+    module: Trained,
+    *,
+    recipe: str,
+    config: str,
+    metrics: dict[str, float],
+    epochs: int,
+    steps: int,
+    cost: dict[str, Any],
+    deployed_cost: dict[str, Any] | None,
+) -> Result:
+    """Collect what there is to say of a run that has been tested."""
+    callbacks: list[Any] = vars(trainer)["callbacks"]
+    timers = [one for one in callbacks if isinstance(one, Timer)]
+    data: Any = getattr(trainer, "datamodule", None)
+    limits = ((epochs, trainer.max_epochs), (steps, trainer.max_steps))
+    test_size = _pair(getattr(data, "test_size", None))
+    return Result(
+        recipe=recipe,
+        config=config,
+        seed=module.seed,
+        command=shlex.join(["python", *sys.argv]),
+        date=datetime.now(UTC).isoformat(timespec="seconds"),
+        finished=any(limit is not None and 0 <= limit <= done for done, limit in limits),
+        epochs=epochs,
+        steps=steps,
+        seconds=float(timers[0].time_elapsed("train")) if timers else 0.0,
+        model=str(module.hparams["model"]),
+        spec=module.hparams["spec"],
+        deploy=module.hparams["deploy"],
+        train_size=_pair(getattr(data, "train_size", None)),
+        test_size=test_size,
+        metrics=dict(metrics),
+        macs=_macs(module, test_size),
+        parameters=parameter_count(module.model),
+        cost=cost,
+        deployed_cost=deployed_cost,
+        processes=trainer.world_size,
+        hardware=_hardware(trainer),
+        versions=_versions(),
+    )
+
+
+def costs(trainer: Any, prefix: str = "") -> dict[str, Any]:
+    """Return what CostMonitor has measured so far, or the numbers whose names begin so."""
+    monitors = [one for one in trainer.callbacks if isinstance(one, CostMonitor)]
+    found = monitors[0].summary() if monitors else {}
+    return {name: value for name, value in found.items() if name.startswith(prefix)}
+
+
+def _macs(module: Trained, size: tuple[int, int] | None) -> int | None:
+    """Count for one image of the test, where the network allows its size to be another one."""
+    height, width = size or module.example.shape[-2:]
+    image = torch.zeros(1, module.channels, height, width, device=module.device)
+    try:
+        return count_macs(module.model, image).macs
+    except Exception:  # a network for one size only, or parameters that are spread over processes
+        return None
+
+
+def _hardware(trainer: Trainer) -> dict[str, Any]:
+    device = trainer.strategy.root_device
+    name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines()
+        name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), name)
+    return {
+        "device": device.type,
+        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+        "cpu": name,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "machines": trainer.num_nodes,
+    }
+
+
+def _versions() -> dict[str, str]:
+    found = {"rescompress": rescompress.__version__, "python": platform.python_version(), "torch": torch.__version__}
+    for library in _LIBRARIES:
+        try:
+            found[library] = importlib.metadata.version(library)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _pair(size: Any) -> tuple[int, int] | None:
+    if size is None:
+        return None
+    return (int(size), int(size)) if isinstance(size, int) else (int(size[0]), int(size[1]))
+
+
+def _plain(value: Any) -> Any:
+    """Return plain data in which numbers that JSON does not know (NaN, infinity) are None."""
+    if isinstance(value, dict):
+        return {str(key): _plain(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(one) for one in value]
+    if isinstance(value, torch.Tensor):
+        value = value.item()
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,241 @@
+"""The recipes' command line: one YAML is one run in its own folder, with config, checkpoint and results."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+import rescompress as rc
+from rescompress.errors import InputError
+
+pytest.importorskip("lightning")
+
+from rescompress.lightning import Classifier, RecipeCLI, Result, load_model, main
+from rescompress.lightning._configs import with_extended
+from rescompress.lightning.results import FILE
+from tests.lightning.tiny import TINY, Tiny
+
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("one_thread", "seeded")]
+
+CONFIG: dict[str, Any] = {
+    "seed_everything": 5,
+    "trainer": {
+        "max_epochs": 1,
+        "accelerator": "cpu",
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "log_every_n_steps": 1,
+    },
+    "model": {
+        "model": TINY,
+        "num_classes": 4,
+        "input_size": 32,
+        "spec": {"steps": [{"kind": "stem_resize", "scale": 0.5}]},
+        "loss": {"class_path": "torch.nn.CrossEntropyLoss", "init_args": {"label_smoothing": 0.1}},
+        "optimizer": {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.01}},
+    },
+}
+
+
+@pytest.fixture(autouse=True)
+def at_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Runs go to a folder of the test."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["recipes/tiny.py"])
+
+
+def write(name: str, content: dict[str, Any]) -> str:
+    Path(name).write_text(yaml.safe_dump(content))
+    return name
+
+
+def cli(*args: str, **options: Any) -> RecipeCLI:
+    return RecipeCLI(Classifier, Tiny, args=list(args), **options)
+
+
+def test_a_run_leaves_its_config_checkpoint_logs_and_results(caplog: pytest.LogCaptureFixture) -> None:
+    cli("fit", "--config", write("half.yaml", CONFIG))
+    folder = Path("runs/tiny/half/seed5")
+    assert {"config.yaml", "last.ckpt", "cost.csv", FILE} <= {path.name for path in folder.iterdir()}
+    assert list(folder.glob("events.out.tfevents.*"))
+    header = (folder / "logs/version_0/metrics.csv").read_text().splitlines()[0]
+    assert {"train/loss", "val/accuracy", "val/loss", "train/learning_rate"} <= set(header.split(","))
+
+    result = Result.read(folder)
+    assert (result.recipe, result.config, result.seed) == ("tiny", "half", 5)
+    assert (result.finished, result.epochs, result.steps, result.processes) == (True, 1, 8, 1)
+    assert result.model == TINY
+    assert rc.Spec.from_dict(result.spec or {}) == rc.Spec.of(rc.StemResize(scale=0.5))
+    assert set(result.metrics) == {"val/loss", "val/accuracy", "test/loss", "test/accuracy"}
+    model = load_model(folder / "last.ckpt")
+    images, labels = zip(*((batch.images, batch.labels) for batch in Tiny(seed=5).batches("test")), strict=True)
+    accuracy = (model(torch.cat(images)).argmax(1) == torch.cat(labels)).float().mean()
+    assert result.metrics["test/accuracy"] == pytest.approx(float(accuracy), abs=1e-6)
+    assert result.parameters == sum(one.numel() for one in model.parameters())
+    assert result.macs == rc.measure(model, torch.rand(1, 3, 32, 32), latency=False, peak_memory=False).macs
+    assert result.versions["torch"] == torch.__version__
+    assert result.test_size == (32, 32)
+    assert {"step_ms", "images_per_s", "waited_share", "training_peak_bytes"} <= result.cost.keys()
+    assert result.command == "python recipes/tiny.py"
+    assert result.seconds > 0
+
+    # The module that LightningCLI made comes back from the file alone, with its optimizer.
+    torch.load(folder / "last.ckpt", weights_only=True)
+    loaded = Classifier.load_from_checkpoint(folder / "last.ckpt").eval()
+    torch.testing.assert_close(loaded.model(images[0]), model(images[0]), rtol=0, atol=0)
+    assert isinstance(loaded.configure_optimizers(), torch.optim.SGD)
+    assert loaded.hparams["seed"] == 5
+
+    # The same command once more: nothing is left to train.
+    caplog.set_level("INFO")
+    weights = torch.load(folder / "last.ckpt", weights_only=True)["state_dict"]
+    cli("fit", "--config", "half.yaml")
+    assert "going on from runs/tiny/half/seed5/last.ckpt, step 8" in caplog.text
+    again = Result.read(folder)
+    assert (again.steps, again.metrics["test/accuracy"]) == (8, result.metrics["test/accuracy"])
+    torch.testing.assert_close(
+        torch.load(folder / "last.ckpt", weights_only=True)["state_dict"], weights, rtol=0, atol=0
+    )
+
+    # `test` writes the results of the checkpoint.
+    (folder / FILE).unlink()
+    cli("test", "--config", "half.yaml")
+    tested = Result.read(folder)
+    assert (tested.steps, tested.finished, tested.seconds) == (8, True, pytest.approx(again.seconds))
+    assert tested.metrics == {name: again.metrics[name] for name in ("test/loss", "test/accuracy")}
+
+    # What is put away does not come back.
+    cli("fit", "--config", "half.yaml", "--fresh", "--trainer.max_epochs", "2")
+    assert (folder / "last.old").exists()
+    assert Result.read(folder).steps == 16
+
+
+def test_the_saved_config_is_the_same_run() -> None:
+    first = cli("fit", "--config", write("half.yaml", CONFIG), "--folder", "a", "--trainer.fast_dev_run", "1")
+    assert not Path("a").exists()  # a dry run leaves nothing behind
+    cli("fit", "--config", "half.yaml", "--folder", "a", "--trainer.limit_train_batches", "1")
+    again = cli("fit", "--config", "a/config.yaml", "--folder", "b", "--trainer.fast_dev_run", "1")
+    assert again.model.spec == first.model.spec == rc.Spec.of(rc.StemResize(scale=0.5))
+    assert isinstance(again.model.loss, torch.nn.CrossEntropyLoss)
+    assert again.model.loss.label_smoothing == 0.1
+    assert again.datamodule.seed == again.model.seed == 5
+    saved = yaml.safe_load(Path("a/config.yaml").read_text())
+    assert saved["model"]["spec"] == CONFIG["model"]["spec"]
+
+
+def test_a_config_builds_on_another_one() -> None:
+    write("_base.yaml", CONFIG)
+    write(
+        "quarter.yaml",
+        {"extends": "_base.yaml", "model": {"spec": {"steps": [{"kind": "stem_resize", "scale": 0.25}]}}},
+    )
+    Path("more").mkdir()
+    write("more/three.yaml", {"extends": "../quarter.yaml", "trainer": {"max_epochs": 3}})
+    made = cli("fit", "--config", "more/three.yaml", "--trainer.fast_dev_run", "1", "--trainer.max_epochs=4")
+    assert made.config_name == "three"
+    assert made.model.spec == rc.Spec.of(rc.StemResize(scale=0.25))
+    assert made.config["fit"]["trainer"]["max_epochs"] == 4
+    assert isinstance(made.model.loss, torch.nn.CrossEntropyLoss)
+
+    assert with_extended(["fit", "--config=more/three.yaml", "--x", "1"]) == [
+        *["fit", "--config", "more/../_base.yaml"],
+        *["--config", "more/../quarter.yaml", "--config", "more/three.yaml", "--x", "1"],
+    ]
+    write("loop.yaml", {"extends": "loop.yaml"})
+    with pytest.raises(InputError, match=r"loop\.yaml extends itself"):
+        with_extended(["--config", "loop.yaml"])
+    write("lost.yaml", {"extends": "none.yaml"})
+    with pytest.raises(InputError, match=r"there is no config none\.yaml, which .*lost\.yaml extends"):
+        with_extended(["--config", "lost.yaml"])
+
+
+def test_a_run_without_training_tests_what_another_run_of_its_seed_left() -> None:
+    original = {**CONFIG["model"], "spec": None}
+    folder = ["--folder", "runs/original/seed5"]
+    cli("fit", "--config", write("original.yaml", {**CONFIG, "model": original}), *folder, "--trainer.max_epochs", "2")
+    write(
+        "untrained.yaml",
+        {**CONFIG, "model": {**CONFIG["model"], "initial_weights": "runs/original/seed{seed}/last.ckpt"}},
+    )
+    made = cli("fit", "--config", "untrained.yaml", "--trainer.max_epochs", "0")
+    result = Result.read("runs/tiny/untrained/seed5")
+    assert (result.finished, result.epochs, result.steps) == (True, 0, 0)
+    assert result.metrics.keys() >= {"test/loss", "test/accuracy"}
+    weights = load_model("runs/original/seed5/last.ckpt").state_dict()
+    torch.testing.assert_close(made.model.model.state_dict(), weights, rtol=0, atol=0)
+
+
+def test_a_dry_run_does_without_what_other_runs_leave(caplog: pytest.LogCaptureFixture) -> None:
+    model = {**CONFIG["model"], "initial_weights": "runs/a/seed{seed}/last.ckpt"}
+    distill = {"class_path": "rescompress.lightning.Distill", "init_args": {"teacher": "runs/b/last.ckpt"}}
+    trainer = {**CONFIG["trainer"], "callbacks": [distill]}
+    write("distilled.yaml", {**CONFIG, "model": model, "trainer": trainer})
+    caplog.set_level("INFO")
+    cli("fit", "--config", "distilled.yaml", "--trainer.fast_dev_run", "1")
+    for path in ("runs/a/seed5/last.ckpt", "runs/b/last.ckpt"):
+        assert f"{path} is not there; this dry run does without it" in caplog.text
+    with pytest.raises(InputError, match=r"cannot read the weights runs/a/seed5/last.ckpt.*do that one first"):
+        cli("fit", "--config", "distilled.yaml")
+
+
+def test_checkpoints_can_be_left_out() -> None:
+    args = ("--folder", "a", "--trainer.enable_checkpointing", "false", "--trainer.limit_train_batches", "1")
+    cli("fit", "--config", write("half.yaml", CONFIG), *args)
+    assert Result.read("a").steps == 1
+    assert not Path("a/last.ckpt").exists()
+
+
+def test_low_bits_are_tested_beside_the_model() -> None:
+    model = {**CONFIG["model"], "options": {"width": 16}, "deploy": {"steps": [{"kind": "quantize", "scheme": "w8"}]}}
+    cli("fit", "--config", write("w8.yaml", {**CONFIG, "model": model}), "--folder", "a")
+    result = Result.read("a")
+    assert {"test/accuracy", "deployed/accuracy"} <= result.metrics.keys()
+    assert result.deployed_cost is not None
+    assert 0 < result.deployed_cost["weight_bytes"] < 4 * result.parameters / 2
+    assert result.deployed_cost["inference_images_per_s"] > 0
+    assert result.cost["inference_images_per_s"] != result.deployed_cost["inference_images_per_s"]
+
+
+def test_errors_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    def fails(*arguments: str) -> str:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            main(Classifier, Tiny, args=[*arguments])
+        assert stop.value.code == 1
+        (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+        return line
+
+    config = ("--config", write("half.yaml", CONFIG))
+    assert "num_classes=9, and the model is built with num_classes=4; set model.num_classes to 9" in fails(
+        "fit", *config, "--data.classes", "9", "--folder", "a"
+    )
+    assert "there is no checkpoint b/last.ckpt" in fails("test", *config, "--folder", "b")
+    assert "did you mean 'resnet50'" in fails("fit", *config, "--model.model", "timm:resnet5o")
+    Path("c").mkdir()
+    Path("c/last.ckpt").write_bytes(b"PK half")
+    assert "c/last.ckpt is damaged" in (line := fails("fit", *config, "--folder", "c"))
+    assert line.endswith("to begin anew, say --fresh")
+    # A run goes on with the spec that it began with.
+    cli("fit", *config, "--folder", "d", "--trainer.limit_train_batches", "1")
+    assert "another compression: model was compressed by" in fails(
+        "fit",
+        *config,
+        "--folder",
+        "d",
+        "--trainer.max_epochs",
+        "2",
+        "--model.spec",
+        json.dumps({"steps": [{"kind": "stem_resize", "scale": 0.75}]}),
+    )
+
+
+def test_results_that_are_none_are_refused() -> None:
+    with pytest.raises(InputError, match="cannot read none"):
+        Result.read("none")
+    Path(FILE).write_text(json.dumps({"recipe": "small"}))
+    with pytest.raises(InputError, match=r"results\.json is no results\.json of this version: KeyError"):
+        Result.read(".")

@@ -1,0 +1,96 @@
+"""A run that is ended at any moment and started again reaches the weights of one that was not."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+pytest.importorskip("lightning")
+
+from rescompress.lightning import Classifier, RecipeCLI
+from tests.lightning.tiny import TINY, Stopped, Tiny
+
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("one_thread", "seeded")]
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = Path(__file__).with_name("tiny.py")
+
+
+def config(stop: dict[str, Any] | None = None, **trainer: Any) -> dict[str, Any]:
+    """Everything that a run draws or keeps: dropout, batch norm, momentum, a schedule, augmentation, an order."""
+    callbacks = [] if stop is None else [{"class_path": "tests.lightning.tiny.Stop", "init_args": stop}]
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False}
+    return {
+        "seed_everything": 7,
+        "checkpoint_every": 3,
+        "trainer": {"max_epochs": 3, "accelerator": "cpu", "callbacks": callbacks, **quiet, **trainer},
+        "model": {
+            "model": TINY,
+            "num_classes": 4,
+            "input_size": 32,
+            "options": {"dropout": 0.3},
+            "spec": {"steps": [{"kind": "stem_resize", "scale": 0.5}]},
+            "optimizer": {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.05, "momentum": 0.9}},
+            "schedule": {"class_path": "rescompress.lightning.WarmupCosine", "init_args": {"warmup": 0.2}},
+        },
+    }
+
+
+def run(path: Path, folder: Path, content: dict[str, Any]) -> None:
+    path.write_text(yaml.safe_dump(content))
+    RecipeCLI(Classifier, Tiny, args=["fit", "--config", str(path), "--folder", str(folder)])
+
+
+def ended_alike(one: Path, other: Path) -> None:
+    first, second = (torch.load(path / "last.ckpt", weights_only=True) for path in (one, other))
+    assert first["global_step"] == second["global_step"] > 0
+    torch.testing.assert_close(first["state_dict"], second["state_dict"], rtol=0, atol=0)
+    torch.testing.assert_close(
+        first["optimizer_states"][0]["state"], second["optimizer_states"][0]["state"], rtol=0, atol=0
+    )
+
+
+@pytest.mark.parametrize(
+    ("at", "where", "options"),
+    [
+        pytest.param(13, "step", {}, id="within an epoch"),
+        pytest.param(2, "step", {}, id="before the first checkpoint"),
+        pytest.param(16, "step", {}, id="at the last step of an epoch"),
+        pytest.param(16, "validation", {}, id="in the validation"),
+        pytest.param(17, "step", {}, id="at the first step of an epoch"),
+        pytest.param(13, "step", {"max_epochs": None, "max_steps": 20}, id="a number of steps"),
+        pytest.param(5, "step", {"accumulate_grad_batches": 2}, id="accumulated gradients"),
+        pytest.param(13, "step", {"val_check_interval": 4}, id="validation within epochs"),
+    ],
+)
+def test_an_interrupted_run_ends_at_the_same_weights(tmp_path: Path, at: int, where: str, options: Any) -> None:
+    run(tmp_path / "whole.yaml", tmp_path / "whole", config(**options))
+    stop = {"at": at, "where": where, "marker": str(tmp_path / "stopped")}
+    with pytest.raises(Stopped):
+        run(tmp_path / "broken.yaml", tmp_path / "broken", config(stop, **options))
+    assert not (tmp_path / "broken" / "results.json").exists()
+    run(tmp_path / "broken.yaml", tmp_path / "broken", config(stop, **options))
+    ended_alike(tmp_path / "whole", tmp_path / "broken")
+    assert (tmp_path / "broken" / "results.json").exists()
+
+
+def test_a_killed_process_run_again_by_the_same_command_ends_at_the_same_weights(tmp_path: Path) -> None:
+    stop = {"at": 13, "marker": str(tmp_path / "killed"), "kill": True}
+    (tmp_path / "broken.yaml").write_text(yaml.safe_dump(config(stop)))
+    command = ["fit", "--config", str(tmp_path / "broken.yaml"), "--folder", str(tmp_path / "broken")]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    killed = subprocess.run(
+        [sys.executable, str(SCRIPT), *command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=250
+    )
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert torch.load(tmp_path / "broken" / "last.ckpt", weights_only=True)["global_step"] == 12
+
+    RecipeCLI(Classifier, Tiny, args=command)
+    run(tmp_path / "whole.yaml", tmp_path / "whole", config())
+    ended_alike(tmp_path / "whole", tmp_path / "broken")
