@@ -11,15 +11,15 @@ def small_resnet(num_classes: int = 10, in_chans: int = 1, width: int = 16, bloc
 
 
 def small_vit(num_classes: int = 10, in_chans: int = 1, img_size: int = 32, depth: int = 4) -> VisionTransformer:
-    """Build a ViT with patches of 4 x 4 pixels, 64 channels and 4 heads, with random weights."""
+    """Build a ViT with patches of 4 x 4 pixels, 48 channels and 3 heads, with random weights."""
     return VisionTransformer(
         img_size=img_size,
         patch_size=4,
         in_chans=in_chans,
         num_classes=num_classes,
-        embed_dim=64,
+        embed_dim=48,
         depth=depth,
-        num_heads=4,
+        num_heads=3,
         dynamic_img_size=True,  # mixed resolutions give it images of several sizes
     )
 

@@ -24,6 +24,10 @@ class InputError(RescompressError, ValueError):
     """A file or value that the user gave (image, weights, model name) is missing, damaged or of the wrong kind."""
 
 
+class NoWeightsError(InputError):
+    """The pretrained weights of a model cannot be had; without them it can be built."""
+
+
 class MeasureError(RescompressError, RuntimeError):
     """A cost could not be measured."""
 

@@ -1,80 +1,37 @@
-"""Models of Hugging Face: `hf:DIRECTORY_OR_ID`, a folder of `save_pretrained` or a name on the hub."""
+"""How models of Hugging Face see photographs, and what their classes are called."""
 
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
-from rescompress.cli import download
-from rescompress.cli.images import IMAGENET_MEAN, IMAGENET_STD, Transform, plain_preprocessing, plain_transform
-from rescompress.cli.models import Loaded, Request, build, say_random
-from rescompress.errors import InputError, one_line
-from rescompress.huggingface import uncompressed
+from rescompress.cli.images import IMAGENET_MEAN, IMAGENET_STD, Transform, View, plain_preprocessing, plain_transform
 from rescompress.inputs import default_input
+from rescompress.references import download
 
 _hf: Any = transformers  # half of it has no types
 
 
-def load(name: str, request: Request) -> Loaded:
-    """Build a model from its folder or its name on the hub, compressed if it was saved so.
-
-    The class is the one that was saved, or the classifier of its kind where that one takes more than images or another
-    number of classes is asked for.
-
-    Raises:
-        InputError: there is no such model, or it is not one for images.
-    """
-    reference = f"hf:{name}"
-    local = Path(name).is_dir()
-    access: AbstractContextManager[None] = nullcontext()
-    hint = ""
-    if not local and not download.reachable(download.hub_url()):
-        access, hint = download.hub_cache_only(), f"; {download.host_of(download.hub_url())} cannot be reached"
-    labels = {} if request.num_classes is None else {"num_labels": request.num_classes}
-    _hf.utils.logging.set_verbosity_error()  # importing transformers undoes what the command line set
-    _hf.utils.logging.disable_progress_bar()
-    with access:
-        try:
-            config = _hf.AutoConfig.from_pretrained(name, **labels)
-        except Exception as error:
-            raise InputError(f"no Hugging Face model {name!r}: {one_line(error, 200)}{hint}") from error
-        kind, classifies = _class(config, request.num_classes is not None)
-        if request.wants_pretrained:
-            model = build(reference, lambda: kind.from_pretrained(name, ignore_mismatched_sizes=bool(labels), **labels))
-        else:
-            auto = kind.from_config if hasattr(kind, "from_config") else kind
-            model = build(reference, lambda: auto(uncompressed(config)))
+def view(name: str, model: nn.Module, size: tuple[int, int] | None) -> View:
+    """Return what the processor saved beside the model does, at another size if asked for."""
+    with download.hub_or_cache(name):
         settings = _processor(name)
-    if request.random:
-        say_random(reference, None)
-    size = request.input_size or _size(settings) or tuple(int(side) for side in default_input(model).shape[-2:])
+    height, width = size or _size(settings) or default_input(model).shape[-2:]
+    transform, preprocessing = _preprocessing(settings, (height, width))
+    config: Any = model.config
     names = getattr(config, "id2label", None) or {}
-    transform, preprocessing = _preprocessing(settings, (size[0], size[1]))
-    return Loaded(
-        reference=reference,
-        model=model,
-        input_size=(size[0], size[1]),
+    return View(
+        input_size=(height, width),
         transform=transform,
         preprocessing=preprocessing,
-        labels=tuple(str(names[index]) for index in sorted(names)) if classifies else None,
-        weights=request.weights or ("random" if request.random else "pretrained"),
+        # Other models give something else than one score for each class.
+        labels=tuple(map(str, (names[index] for index in sorted(names))))
+        if "ForImageClassification" in type(model).__name__
+        else None,
     )
-
-
-def _class(config: Any, other_head: bool) -> tuple[Any, bool]:
-    """Return the class to build, and whether it gives one score for each class."""
-    classifier = _hf.AutoModelForImageClassification
-    saved = getattr(_hf, (getattr(config, "architectures", None) or [""])[0], None)
-    if saved is not None and saved.main_input_name == "pixel_values" and not other_head:
-        return saved, "ForImageClassification" in saved.__name__
-    if type(config) in classifier._model_mapping:
-        return classifier, True
-    return _hf.AutoModel, False
 
 
 def _processor(name: str) -> dict[str, Any]:

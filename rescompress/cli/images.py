@@ -2,6 +2,7 @@
 
 import importlib.util
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,23 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 CROP = 0.875
 CALIBRATION_LIMIT, CALIBRATION_BATCH = 64, 8
 _WHITE = (1.0, 255.0, 65535.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class View:
+    """How a model sees photographs.
+
+    Attributes:
+        input_size: (height, width) of the image that it is given
+        transform: makes the model's input, without its batch dimension, from a photograph
+        preprocessing: what transform does, for the header of a file
+        labels: class names; None where not known
+    """
+
+    input_size: tuple[int, int]
+    transform: Transform
+    preprocessing: dict[str, Any]
+    labels: tuple[str, ...] | None = None
 
 
 def default_photograph() -> Path:

@@ -7,14 +7,16 @@ Ranftl et al., "Vision Transformers for Dense Prediction", https://arxiv.org/abs
 """
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from rescompress import surgery
 from rescompress.anatomy import Anatomy, ConvAnatomy, Grid, ViTAnatomy
 from rescompress.families import convolutional, hf_vit
-from rescompress.families._base import Family, class_names, describe_parts
+from rescompress.families._base import Family, class_names, describe_parts, probe
 
 _RESTORED: dict[str, tuple[str, ...]] = {
     "beit.modeling_beit.BeitBackbone": (),
@@ -39,14 +41,40 @@ def describe(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     """Describe the backbone, and name the modules whose maps are brought back to their size."""
     names = [name.removeprefix("transformers.models.") for name in class_names(model)]
     restored = next(_RESTORED[name] for name in names if name in _RESTORED)
-    anatomy = replace(describe_parts(model, args, kwargs), restored=restored)
+    sizes = _map_sizes(model, restored, args, kwargs)
+    anatomy = replace(describe_parts(model, args, kwargs), restored=restored, restored_sizes=sizes)
     if isinstance(anatomy, ViTAnatomy):
-        return replace(anatomy, host="", refit=refit, dense_tokens=True)
+        return replace(anatomy, host="", refit=refit, dense_tokens=True, multiple=_multiple(model))
     # Other heads give a map of a stride of theirs, which the user brings to the image: there a position more or less,
     # at sizes other than the example's, is still the whole image.
     if isinstance(anatomy, ConvAnatomy) and restored == _OF_THE_IMAGE and anatomy.refit is None:
         return replace(anatomy, refit=convolutional.refuse_lost_sides)
     return anatomy
+
+
+def _map_sizes(
+    model: nn.Module, restored: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Grid, ...]:
+    """Return the size of the map that each of these modules makes of the example; none if one makes no map."""
+    found: dict[str, Grid] = {}
+
+    def watch(clone: nn.Module, image: Tensor) -> None:
+        for fqn in restored:
+            surgery.get(clone, fqn).register_forward_hook(partial(record, fqn))
+
+    def record(fqn: str, module: nn.Module, inputs: Any, output: Any) -> None:
+        maps = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.ndim == 4]
+        if maps:
+            found[fqn] = (int(maps[0].shape[-2]), int(maps[0].shape[-1]))
+
+    probe(model, args, kwargs, watch)
+    return tuple(found[fqn] for fqn in restored) if set(found) == set(restored) else ()
+
+
+def _multiple(model: Any) -> int:
+    """Return what the sides of the grid must be multiples of: of an odd one, DPT's halved map no longer tells the size."""
+    factors = getattr(model.config, "reassemble_factors", None) or (1,)
+    return max(1, round(1 / min(factors)))
 
 
 def refit(host: Any, anatomy: Any, grid: Grid) -> None:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -13,11 +14,13 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from rescompress.compress import compress_
-from rescompress.errors import SpecError
+from rescompress.errors import InputError, SpecError
 from rescompress.inputs import default_input
-from rescompress.lightning._models import build_model, load_initial
 from rescompress.lightning.checkpoints import record_in, refuse_other_spec
 from rescompress.recover.loop import NORMS, TUNED, classifier_of
+from rescompress.references.models import build_model
+from rescompress.references.wanted import Wanted
+from rescompress.references.weights import load_weights
 from rescompress.spec import Spec, Stage, Step, as_pair, check_choice
 
 OptimizerCallable = Callable[[Iterable[Any]], Optimizer]
@@ -82,13 +85,13 @@ class CompressedModule(LightningModule):
         if self.deploy is not None and any(step.stage is not Stage.PRECISION for step in self.deploy):
             raise SpecError("deploy takes PRECISION steps alone, such as quantize; give the others as spec")
         self._keep_hyperparameters()
-        self._build: dict[str, Any] = {
-            "reference": model,
-            "num_classes": num_classes,
-            "channels": channels,
-            "input_size": None if input_size is None else as_pair("input_size", input_size),
-            "options": options,
-        }
+        self._reference = model
+        self._wanted = Wanted(
+            num_classes=num_classes,
+            channels=channels,
+            input_size=None if input_size is None else as_pair("input_size", input_size),
+            options=options or {},
+        )
         self.num_classes, self.channels, self.seed = num_classes, channels, seed
         self._initial = (pretrained, initial_weights)
         self.model = self._built(with_weights=not _filled_later.get())
@@ -121,13 +124,15 @@ class CompressedModule(LightningModule):
         pretrained, initial = self._initial if with_weights else (False, None)
         # The same random weights on every rank and in every run.
         with _seeded(self.seed):
-            model = build_model(**self._build, pretrained=pretrained)
+            model = build_model(self._reference, replace(self._wanted, pretrained=pretrained))
         if initial is not None:
-            load_initial(model, initial)
+            if not Path(initial).exists():
+                raise InputError(f"there is no weights file {initial}; if it is of another run, do that one first")
+            load_weights(model, initial)
         return model
 
     def _example(self, model: nn.Module) -> Tensor:
-        height, width = self._build["input_size"] or default_input(model).shape[-2:]
+        height, width = self._wanted.input_size or default_input(model).shape[-2:]
         generator = torch.Generator().manual_seed(0)
         return torch.rand(1, self.channels, int(height), int(width), generator=generator)
 

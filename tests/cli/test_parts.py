@@ -12,11 +12,11 @@ from timm.data import create_transform, resolve_data_config
 from torch import nn
 from torchvision.models import ResNet18_Weights
 
-from rescompress.cli import download
 from rescompress.cli.images import open_image, plain_transform
 from rescompress.cli.models import Request, load_model
-from rescompress.cli.weights import load_weights
 from rescompress.errors import InputError
+from rescompress.references import download
+from rescompress.references.weights import load_weights
 
 
 def pixels_of(image):

@@ -523,12 +523,11 @@ def test_weights_are_initialised_past_what_was_put_in() -> None:
 
 @pytest.mark.parametrize("written", ["name", "name.py", "folder/name.py"])
 def test_the_command_line_finds_shipped_configs(written: str) -> None:
-    from rescompress.cli import _mmseg
-    from rescompress.cli.models import Request
+    from rescompress.cli.models import Request, load_model
 
     name = "erfnet_fcn_4xb4-160k_cityscapes-512x1024"
     reference = written.replace("folder", "erfnet").replace("name", name)
-    loaded = _mmseg.load(reference, Request(reference=f"mmseg:{reference}", random=True, num_classes=7))
+    loaded = load_model(Request(reference=f"mmseg:{reference}", random=True, num_classes=7))
     assert loaded.input_size == (512, 1024)
     assert loaded.model.decode_head.conv_seg.out_channels == 7
     assert not any("Sync" in type(module).__name__ for module in loaded.model.modules())
@@ -536,14 +535,16 @@ def test_the_command_line_finds_shipped_configs(written: str) -> None:
 
 
 def test_the_command_line_says_what_is_wrong_with_a_config(tmp_path: Path) -> None:
-    from rescompress.cli import _mmseg
-    from rescompress.cli.models import Request
+    from rescompress.cli.models import Request, load_model
+
+    def load(name: str) -> None:
+        load_model(Request(reference=f"mmseg:{name}", random=True))
 
     with pytest.raises(InputError, match=r"did you mean 'erfnet/erfnet_fcn_4xb4-160k_cityscapes-512x1024.py'"):
-        _mmseg.load("erfnet/erfnet_fcn_4xb4-160k_cityscapes-512x1023", Request(reference="mmseg:x"))
+        load("erfnet/erfnet_fcn_4xb4-160k_cityscapes-512x1023")
     (tmp_path / "broken.py").write_text("model = dict(")
     with pytest.raises(InputError, match="cannot read the config"):
-        _mmseg.load(str(tmp_path / "broken.py"), Request(reference="mmseg:x"))
+        load(str(tmp_path / "broken.py"))
     (tmp_path / "empty.py").write_text("a = 1")
     with pytest.raises(InputError, match="describes no model"):
-        _mmseg.load(str(tmp_path / "empty.py"), Request(reference="mmseg:x"))
+        load(str(tmp_path / "empty.py"))

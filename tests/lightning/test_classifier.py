@@ -59,7 +59,7 @@ def test_weights_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     torch.save({"a": torch.ones(1)}, tmp_path / "w.pt")
     with pytest.raises(InputError, match=r"w\.pt holds weights of another model"):
         made(initial_weights=str(tmp_path / "w.pt"))
-    with pytest.raises(InputError, match="cannot read the weights"):
+    with pytest.raises(InputError, match=r"there is no weights file .*none\.pt"):
         made(initial_weights=str(tmp_path / "none.pt"))
 
 

@@ -11,16 +11,22 @@ from torch import Tensor, nn
 
 from rescompress.errors import InputError, one_line
 
+_LIGHTNING = "pytorch-lightning_version"
 _NESTED_IN = ("state_dict", "model_state_dict", "model", "module")
 _PREFIXES = ("module.", "_orig_mod.", "model.")
 _LISTED = 3
 
 
-def load_weights(model: nn.Module, path: str | Path) -> None:
+def load_weights(model: nn.Module, path: str | Path, classes_option: str = "num_classes=") -> None:
     """Load the state dict at `path` into `model`.
 
-    Training scripts wrap it: a dict around it, and prefixes such as `module.`, are taken off. Counters of batches,
-    which old files lack, may be missing.
+    Training scripts wrap it: a dict around it, and prefixes such as `module.`, are taken off. Of a Lightning
+    checkpoint, what belongs to its attribute `model` is taken. Counters of batches, which old files lack, may be missing.
+
+    Args:
+        model: uncompressed.
+        path: of the file.
+        classes_option: how the user says the number of classes, where nothing else is wrong.
 
     Raises:
         InputError: there is no such file, it is damaged or no state dict, or it belongs to another model.
@@ -40,7 +46,8 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
         count = len(wrong) + len(missing) + len(foreign)
         raise InputError(
             f"{path} holds weights of another model than this {type(model).__name__}: {', '.join(problems)}"
-            f"{f' and {count - len(problems)} more' if count > len(problems) else ''}{_classes_hint(state, own)}"
+            f"{f' and {count - len(problems)} more' if count > len(problems) else ''}"
+            f"{_classes_hint(state, own, classes_option)}"
         )
     for name, tensor in state.items():
         flaw = _flaw(tensor)
@@ -72,10 +79,13 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     if path.is_dir():
         raise InputError(f"the weights {path} are a folder; name a file in it")
     loaded = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
+    outer = loaded
     for name in _NESTED_IN:
-        if isinstance(loaded, Mapping) and isinstance(loaded.get(name), Mapping):
-            loaded = loaded[name]
+        if isinstance(outer, Mapping) and isinstance(outer.get(name), Mapping):
+            loaded = outer[name]
             break
+    if isinstance(outer, Mapping) and _LIGHTNING in outer:  # beside the model there are buffers of the loss
+        loaded = {name: value for name, value in loaded.items() if str(name).startswith("model.")} or loaded
     if not isinstance(loaded, Mapping) or not loaded or not all(isinstance(value, Tensor) for value in loaded.values()):
         raise InputError(
             f"{path} holds no state dict (names and tensors); write one with torch.save(model.state_dict(), file)"
@@ -135,11 +145,11 @@ def _matching(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     return best
 
 
-def _classes_hint(state: dict[str, Tensor], own: Mapping[str, Tensor]) -> str:
+def _classes_hint(state: dict[str, Tensor], own: Mapping[str, Tensor], option: str) -> str:
     """Where nothing but the number of classes differs, say which option mends it."""
     if state.keys() != own.keys():
         return ""
     different = [name for name in own if state[name].shape != own[name].shape]
     classes = {int(state[name].shape[0]) for name in different if state[name].ndim > 0}
     rest_fits = all(state[name].shape[1:] == own[name].shape[1:] for name in different)
-    return f"; give --num-classes {classes.pop()}" if len(classes) == 1 and rest_fits else ""
+    return f"; give {option}{classes.pop()}" if len(classes) == 1 and rest_fits else ""

@@ -54,6 +54,16 @@ def hub_cache_only() -> Iterator[None]:
         constants.HF_HUB_OFFLINE = before
 
 
+@contextmanager
+def hub_or_cache(folder_or_id: str) -> Iterator[str]:
+    """Make huggingface_hub take files from its cache where the hub cannot be reached; gives the obstacle, or ""."""
+    if Path(folder_or_id).is_dir() or reachable(hub_url()):
+        yield ""
+        return
+    with hub_cache_only():
+        yield f"{host_of(hub_url())} cannot be reached"
+
+
 def hub_url() -> str:
     """Return the address of the model hub, which the environment may redirect."""
     from huggingface_hub import constants
