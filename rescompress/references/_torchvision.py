@@ -42,7 +42,7 @@ def build(name: str, wanted: Wanted) -> nn.Module:
     backbone = {"weights_backbone": None} if "weights_backbone" in inspect.signature(builder).parameters else {}
     if wanted.pretrained:
         return _pretrained(name, options, backbone)
-    return models.get_model(name, weights=None, **(backbone | options))
+    return models.get_model(name, weights=None, **(backbone | options))  # type: ignore[no-any-return]
 
 
 def default_weights(name: str) -> Any:
@@ -59,7 +59,7 @@ def _pretrained(name: str, options: dict[str, Any], backbone: dict[str, None]) -
         reason = f"{download.host_of(weights.url)} cannot be reached"
     else:
         try:
-            return models.get_model(name, weights=weights, **backbone)
+            return models.get_model(name, weights=weights, **backbone)  # type: ignore[no-any-return]
         except Exception as error:  # a download fails in many ways
             reason = f"the download failed: {one_line(error, 120)}"
     raise NoWeightsError(f"no pretrained weights for torchvision:{name} ({reason})")
