@@ -94,18 +94,11 @@ def _built(source: str, reference: str, request: Request) -> tuple[nn.Module, st
     size = None if source == "hf" else request.input_size
     wanted = Wanted(num_classes=request.num_classes, input_size=size)
     obstacle = None
-    if request.weights is None and not request.random:
-        if source in ("timm", "torchvision", "hf"):
-            try:
-                model = _same_each_time(reference, replace(wanted, pretrained=True))
-            except NoWeightsError as error:
-                obstacle = str(error)
-            else:
-                _tell_of_new_head(source, model, request.num_classes)
-                return model, "pretrained"
-        elif source == "mmseg":
-            why = "mmseg's are not downloaded here; give their file with --weights"
-            obstacle = f"no pretrained weights for {reference} ({why})"
+    if request.weights is None and not request.random and source in LIBRARIES:
+        try:
+            return _pretrained(source, reference, wanted), "pretrained"
+        except NoWeightsError as error:
+            obstacle = str(error)
     model = _same_each_time(reference, wanted)
     if request.weights is not None or source not in LIBRARIES:
         return model, request.weights or "as built"
@@ -116,16 +109,21 @@ def _built(source: str, reference: str, request: Request) -> tuple[nn.Module, st
     return model, "random"
 
 
+def _pretrained(source: str, reference: str, wanted: Wanted) -> nn.Module:
+    if source == "mmseg":  # whose configs name weights of the backbone at most
+        why = "mmseg's are not downloaded here; give their file with --weights"
+        raise NoWeightsError(f"no pretrained weights for {reference} ({why})")
+    model: Any = _same_each_time(reference, replace(wanted, pretrained=True))
+    if source == "timm" and wanted.num_classes not in (None, model.pretrained_cfg["num_classes"]):
+        console.warning(f"the head for {wanted.num_classes} classes is new and random")
+    return model  # type: ignore[no-any-return]
+
+
 def _same_each_time(reference: str, wanted: Wanted) -> nn.Module:
     """Build the model with the same random weights on every run, so that runs can be compared."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return build_model(reference, wanted)
-
-
-def _tell_of_new_head(source: str, model: Any, num_classes: int | None) -> None:
-    if source == "timm" and num_classes not in (None, model.pretrained_cfg["num_classes"]):
-        console.warning(f"the head for {num_classes} classes is new and random")
 
 
 def _quiet_transformers() -> None:

@@ -135,6 +135,10 @@ class Scored(CompressedModule):
         """Bring a copy to low bits, if that is what is tested."""
         sizes = getattr(getattr(self.trainer, "datamodule", None), "test_sizes", None)
         self._begin("deployed" if self._deploys else "test", [f"@{size}" for size in sizes] if sizes else [""])
+        self.bring_to_low_bits()
+
+    def bring_to_low_bits(self) -> None:
+        """Make the copy that is tested, if that is what is tested: again by who changes the model within a test."""
         if self._deploys:
             training = self.model.training
             copied: nn.Module = compress(

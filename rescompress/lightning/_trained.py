@@ -30,6 +30,11 @@ class Trained(Scored):
                     f"{type(data).__name__} has {name}={has}, and the model is built with {name}={takes}; set "
                     f"model.{name} to {has}"
                 )
+        if getattr(data, "several_labels", False):
+            raise InputError(
+                f"the images of {type(data).__name__} have several labels each, and {type(self).__name__} is trained and "
+                "scored by one class per image; take data with one, such as pathmnist"
+            )
 
     def configure_optimizers(self) -> Any:
         """Make the optimizer, without weight decay on norms and biases, and its schedule."""

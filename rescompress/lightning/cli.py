@@ -98,6 +98,18 @@ class RecipeCLI(LightningCLI):
     def _parse_ckpt_path(self) -> None:
         """Leave the config as it is: LightningCLI would overwrite the model's part by that of the checkpoint."""
 
+    def instantiate_classes(self) -> None:
+        """Make the objects; what one of ours refuses is raised as it was, not within jsonargparse's own error."""
+        try:
+            super().instantiate_classes()
+        except (TypeError, ValueError) as error:
+            cause: BaseException | None = error
+            while cause is not None and not isinstance(cause, RescompressError):
+                cause = cause.__cause__
+            if cause is None:
+                raise
+            raise cause from None
+
     @property
     def recipe(self) -> str:
         """Name of the script."""

@@ -185,6 +185,9 @@ class Recalibrate(Callback):
             self._before = {name: buffer.clone() for name, buffer in self._model(pl_module).named_buffers()}
         height, width = images_of(batch).shape[-2:]
         self._recalibrate(trainer, pl_module, (height, width))
+        if hasattr(pl_module, "bring_to_low_bits"):  # Classifier and Segmenter may test a copy of the model
+            module: Any = pl_module
+            module.bring_to_low_bits()
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put the statistics of before the test back."""

@@ -36,16 +36,29 @@ def build(name: str, wanted: Wanted) -> nn.Module:
             config.image_size = size[0]
         kind = _class(config, bool(labels))
         if wanted.pretrained:
-            return kind.from_pretrained(name, config=config, ignore_mismatched_sizes=bool(labels))  # type: ignore[no-any-return]
+            return _pretrained(kind, name, config, bool(labels))
         make = kind.from_config if hasattr(kind, "from_config") else kind
         return make(uncompressed(config))  # type: ignore[no-any-return]
 
 
+def _pretrained(kind: Any, name: str, config: Any, new_head: bool) -> nn.Module:
+    load: Any = kind.from_pretrained
+    model, told = load(name, config=config, ignore_mismatched_sizes=new_head, output_loading_info=True)
+    for key, saved, built in sorted(told["mismatched_keys"]):
+        if saved[1:] != built[1:]:  # no head for other classes, and random from now on
+            raise InputError(
+                f"hf:{name} was saved for other images: its {key} is {tuple(saved)} instead of {tuple(built)}; give "
+                "the size and channels that it was saved with, or begin without its weights"
+            )
+    return model.train()  # type: ignore[no-any-return]  # as the constructors of all libraries leave it
+
+
 def _class(config: Any, other_head: bool) -> Any:
     saved = getattr(_hf, (getattr(config, "architectures", None) or [""])[0], None)
-    if saved is not None and saved.main_input_name == "pixel_values" and not other_head:
-        return saved
-    if saved is not None and "Segmentation" in saved.__name__:
-        return _hf.AutoModelForSemanticSegmentation
     classifier = _hf.AutoModelForImageClassification
+    if other_head:
+        segments = saved is not None and "Segmentation" in saved.__name__
+        return _hf.AutoModelForSemanticSegmentation if segments else classifier
+    if saved is not None and saved.main_input_name == "pixel_values":
+        return saved
     return classifier if type(config) in classifier._model_mapping else _hf.AutoModel

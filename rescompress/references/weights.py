@@ -21,7 +21,7 @@ def load_weights(model: nn.Module, path: str | Path, classes_option: str = "num_
     """Load the state dict at `path` into `model`.
 
     Training scripts wrap it: a dict around it, and prefixes such as `module.`, are taken off. Of a Lightning
-    checkpoint, what belongs to its attribute `model` is taken. Counters of batches, which old files lack, may be missing.
+    checkpoint, the module's attribute `model` is taken. Counters of batches, which old files lack, may be missing.
 
     Args:
         model: uncompressed.

@@ -1,22 +1,17 @@
-"""Photographs, preprocessing, weights files, downloads and model references, each on its own."""
+"""Photographs, preprocessing and models by reference, each on its own."""
 
-import socket
 import time
 
 import pytest
 import timm
 import torch
 from PIL import Image
-from safetensors.torch import save_file
 from timm.data import create_transform, resolve_data_config
-from torch import nn
 from torchvision.models import ResNet18_Weights
 
 from rescompress.cli.images import open_image, plain_transform
 from rescompress.cli.models import Request, load_model
-from rescompress.errors import InputError
 from rescompress.references import download
-from rescompress.references.weights import load_weights
 
 
 def pixels_of(image):
@@ -92,71 +87,6 @@ def test_each_library_brings_its_own_preprocessing(photo):
     assert from_timm.labels[281].startswith("tabby")
 
 
-def net():
-    torch.manual_seed(1)
-    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
-
-
-@pytest.mark.parametrize("name", ["plain.pth", "nested.bin", "prefixed.pt", "compiled.pth", "file.safetensors"])
-def test_state_dicts_as_training_scripts_write_them(name, tmp_path):
-    source, target, path = net(), nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)), tmp_path / name
-    state = source.state_dict()
-    if path.suffix == ".safetensors":
-        save_file(state, path)
-    else:
-        written = {
-            "plain.pth": state,
-            "nested.bin": {"epoch": 3, "model": state},
-            "prefixed.pt": {"state_dict": {f"module.{key}": value for key, value in state.items()}},
-            "compiled.pth": {f"module._orig_mod.{key}": value for key, value in state.items()},
-        }[name]
-        torch.save(written, path)
-
-    load_weights(target, path)
-
-    torch.testing.assert_close(dict(target.state_dict()), dict(state), rtol=0, atol=0)
-
-
-def test_weights_that_do_not_fit_change_nothing(tmp_path):
-    target = net()
-    before = {key: value.clone() for key, value in target.state_dict().items()}
-    state = {key: value + 1 for key, value in before.items()}
-    state["0.bias"] = torch.zeros(5)
-    torch.save(state, tmp_path / "other.pth")
-
-    with pytest.raises(InputError, match=r"0\.bias is \(5,\) instead of \(4,\)"):
-        load_weights(target, tmp_path / "other.pth")
-
-    torch.testing.assert_close(dict(target.state_dict()), before, rtol=0, atol=0)
-
-
-@pytest.mark.parametrize(
-    ("broken", "said"),
-    [
-        (torch.tensor([0.0, float("nan"), float("inf"), 1.0]), "0.bias has 2 values of 4 that are NaN or infinite"),
-        (torch.zeros(4, dtype=torch.complex64), r"0.bias is complex \(torch.complex64\)"),
-        (torch.zeros(4).to_sparse(), "0.bias is sparse"),
-        (torch.zeros(4, device="meta"), "0.bias is on the meta device"),
-    ],
-)
-@pytest.mark.filterwarnings("ignore::UserWarning")
-def test_weights_that_no_model_can_run_with_are_refused(broken, said, tmp_path):
-    torch.save({**net().state_dict(), "0.bias": broken}, tmp_path / "net.pth")
-
-    with pytest.raises(InputError, match=said):
-        load_weights(net(), tmp_path / "net.pth")
-
-
-def test_counters_of_batches_may_be_missing(tmp_path):
-    target, state = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)), net().state_dict()
-    del state["1.num_batches_tracked"]
-    torch.save(state, tmp_path / "net.pth")
-
-    load_weights(target, tmp_path / "net.pth")
-
-    torch.testing.assert_close(target[0].weight.detach(), state["0.weight"], rtol=0, atol=0)
-
-
 @pytest.mark.parametrize("name", ["lraspp_mobilenet_v3_large", "ssdlite320_mobilenet_v3_large"])
 def test_random_weights_download_no_backbone(name, monkeypatch):
     def download_nothing(*_args, **_more):
@@ -165,31 +95,6 @@ def test_random_weights_download_no_backbone(name, monkeypatch):
     monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", download_nothing)
 
     assert load_model(Request(reference=f"torchvision:{name}", random=True)).weights == "random"
-
-
-def answers_late(*_args, **_more):
-    time.sleep(1)
-    raise OSError("too late")
-
-
-def test_reachable_is_what_answers_in_time(monkeypatch):
-    monkeypatch.setattr("urllib.request.getproxies", dict)
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        address = f"http://127.0.0.1:{server.getsockname()[1]}/x"
-        assert download.reachable(address)
-    assert not download.reachable(address)
-    monkeypatch.setattr("socket.create_connection", answers_late)
-    started = time.perf_counter()
-    assert not download.reachable(address, timeout_s=0.05)
-    assert time.perf_counter() - started < 0.8
-
-
-def test_the_way_to_a_host_leads_through_the_proxy(monkeypatch):
-    monkeypatch.setattr("urllib.request.getproxies", lambda: {"https": "http://proxy.test:3128"})
-    monkeypatch.setattr("urllib.request.proxy_bypass", lambda host: host == "near.test")
-
-    assert download._first_hop("https://far.test/a") == ("proxy.test", 3128)
-    assert download._first_hop("https://near.test/a") == ("near.test", 443)
 
 
 @pytest.mark.parametrize("reference", ["resnet18", "torchvision:resnet18"])

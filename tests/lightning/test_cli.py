@@ -14,7 +14,7 @@ from rescompress.errors import InputError
 
 pytest.importorskip("lightning")
 
-from rescompress.lightning import Classifier, RecipeCLI, Result, load_model, main
+from rescompress.lightning import Classifier, ImageData, RecipeCLI, Result, load_model, main
 from rescompress.lightning._configs import with_extended
 from rescompress.lightning.results import FILE
 from tests.lightning.tiny import TINY, Tiny
@@ -201,10 +201,10 @@ def test_low_bits_are_tested_beside_the_model() -> None:
 
 
 def test_errors_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    def fails(*arguments: str) -> str:
+    def fails(*arguments: str, data_class: type[ImageData] = Tiny, **options: Any) -> str:
         capsys.readouterr()
         with pytest.raises(SystemExit) as stop:
-            main(Classifier, Tiny, args=[*arguments])
+            main(Classifier, data_class, args=[*arguments], **options)
         assert stop.value.code == 1
         (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
         return line
@@ -215,6 +215,13 @@ def test_errors_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     )
     assert "there is no checkpoint b/last.ckpt" in fails("test", *config, "--folder", "b")
     assert "did you mean 'resnet50'" in fails("fit", *config, "--model.model", "timm:resnet5o")
+    # Also where the config names the class, which jsonargparse makes by trying what fits.
+    distill = {"class_path": "rescompress.lightning.Distill", "init_args": {"temperature": -1.0}}
+    callbacks = ("--config", write("cold.yaml", {"trainer": {"callbacks": [distill]}}))
+    assert "temperature must be" in fails("fit", *config, *callbacks)
+    elpv = {"class_path": "rescompress.lightning.ELPV", "init_args": {"labels": "levels"}}
+    data = ("--config", write("elpv.yaml", {**CONFIG, "data": elpv}))
+    assert "did you mean 'level'" in fails("fit", *data, data_class=ImageData, subclass_mode_data=True)
     Path("c").mkdir()
     Path("c/last.ckpt").write_bytes(b"PK half")
     assert "c/last.ckpt is damaged" in (line := fails("fit", *config, "--folder", "c"))
