@@ -6,6 +6,8 @@ What stands between the two markers in the README is replaced; the rest of it is
 
 import argparse
 import os
+import re
+import shlex
 import statistics
 import sys
 from collections import defaultdict
@@ -18,6 +20,12 @@ from rescompress.lightning.results import FILE, Result
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
 SCORES = ("test/accuracy", "test/miou")
+SAME = (
+    r"--config|-c|--seed_everything|--folder|--ckpt_path|--checkpoint_every",
+    r"--(data|model)(\.init_args)?\.(root|workers|initial_weights)",
+    r"--trainer\.(logger|enable_.*|accelerator)",
+)
+"""Options that do not change what is trained, as patterns."""
 
 
 def main() -> int:
@@ -34,11 +42,15 @@ def main() -> int:
     if not done:
         print(f"error: no finished run in {args.runs}; a run ends by writing {FILE}", file=sys.stderr)
         return 1
-    written = with_tables(args.out.read_text(encoding="utf-8"), tables(done, args.out.parent))
+    try:
+        written = with_tables(args.out.read_text(encoding="utf-8"), tables(done, args.out.parent))
+    except (InputError, OSError) as error:
+        print(f"error: {args.out}: {error}", file=sys.stderr)
+        return 1
     part = args.out.with_name(f".{args.out.name}.part")
     part.write_text(written, encoding="utf-8")
     os.replace(part, args.out)
-    print(f"wrote {len(done)} runs of {len(groups(done))} configs into {args.out}")
+    print(f"wrote {len(done)} runs into {args.out}")
     return 0
 
 
@@ -54,11 +66,32 @@ def results(folder: Path) -> list[Result]:
 
 
 def groups(done: list[Result]) -> dict[tuple[str, str], list[Result]]:
-    """Return the runs of each config, by recipe and config, sorted by seed."""
-    found = defaultdict(list)
-    for result in sorted(done, key=lambda result: result.seed):
-        found[result.recipe, result.config].append(result)
-    return dict(sorted(found.items()))
+    """Return the runs of each row, by recipe and config, sorted by seed.
+
+    Runs with other options than their config's are a row of their own. Of several with one seed, the last one counts.
+    """
+    found: dict[tuple[str, str], dict[int, Result]] = defaultdict(dict)
+    for result in sorted(done, key=lambda result: (result.seed, result.date)):
+        options = " ".join(changed(result.command))
+        row = found[result.recipe, f"{result.config} `{options}`" if options else result.config]
+        if result.seed in row:
+            print(f"left out, done again: {result.recipe}/{result.config} seed {result.seed}", file=sys.stderr)
+        row[result.seed] = result
+    return {key: list(row.values()) for key, row in sorted(found.items())}
+
+
+def changed(command: str) -> list[str]:
+    """Return the options of a command that make another run of its config: all but where things lie and how it runs."""
+    words = iter(shlex.split(command)[3:])  # behind python, the script and fit or test
+    found = []
+    for word in words:
+        name, equals, value = word.partition("=")
+        if name in ("--fresh", "--no-fresh"):
+            continue
+        value = value if equals else next(words, "")
+        if not any(re.fullmatch(pattern, name) for pattern in SAME):
+            found.append(f"{name}={value}")
+    return found
 
 
 def with_tables(text: str, made: str) -> str:
@@ -77,16 +110,17 @@ def with_tables(text: str, made: str) -> str:
 def tables(done: list[Result], folder: Path) -> str:
     """Return a table of scores and one of circumstances for each recipe, and the matrix of sizes where there is one."""
     parts = []
+    all_rows = groups(done)
     for recipe in sorted({result.recipe for result in done}):
-        rows = {config: runs for (of, config), runs in groups(done).items() if of == recipe}
+        rows = {config: runs for (of, config), runs in all_rows.items() if of == recipe}
         parts.append(f"## {recipe}\n\n{_scores(rows)}\n\n{_matrix(rows, folder, recipe)}{_circumstances(rows)}")
     return "\n\n".join(parts)
 
 
 def _scores(rows: dict[str, list[Result]]) -> str:
     head = [
-        "config", "score, mean", "spread", "seeds", "GMACs", "parameters", "training step", "training peak", "images/s",
-        "waited", "minutes",
+        "config", "score, mean", "spread", "seeds", "GMACs", "parameters", "training step", "training peak",
+        "inference, images/s", "waited", "minutes",
     ]  # fmt: skip
     table = []
     for config, runs in rows.items():

@@ -72,7 +72,7 @@ def _map_sizes(
 
 
 def _multiple(model: Any) -> int:
-    """Return what the sides of the grid must be multiples of: of an odd one, DPT's halved map no longer tells the size."""
+    """Return what sides of the grid must be multiples of: halved, an odd one no longer tells the size of the image."""
     factors = getattr(model.config, "reassemble_factors", None) or (1,)
     return max(1, round(1 / min(factors)))
 

@@ -20,6 +20,10 @@ class Trained(Scored):
         """Return the losses of a training batch by name; "loss" is what is minimised."""
         raise TypeError(f"{type(self).__name__} is no module to train; use Classifier or Segmenter")
 
+    def label_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Return the loss of one head's logits."""
+        return self.criterion(logits.float(), labels)
+
     def setup(self, stage: str) -> None:
         """Compare classes and channels with those of the data."""
         data = getattr(self.trainer, "datamodule", None)
@@ -32,8 +36,8 @@ class Trained(Scored):
                 )
         if getattr(data, "several_labels", False):
             raise InputError(
-                f"the images of {type(data).__name__} have several labels each, and {type(self).__name__} is trained and "
-                "scored by one class per image; take data with one, such as pathmnist"
+                f"the images of {type(data).__name__} have several labels each, and {type(self).__name__} is trained "
+                "and scored by one class per image; take data with one, such as pathmnist"
             )
 
     def configure_optimizers(self) -> Any:
@@ -79,7 +83,10 @@ class Trained(Scored):
         """
         batch = Batch(*batch)
         self.check_labels(batch)
-        losses = self.losses(batch) if self.distiller is None else self.distiller.losses(self.model, batch)
+        if self.distiller is None:
+            losses = self.losses(batch)
+        else:
+            losses = self.distiller.losses(self.model, batch, self.label_loss)
         loss: Tensor = losses["loss"]
         groups: Any = self.trainer.optimizers[0].param_groups
         rate = float(groups[0]["lr"])

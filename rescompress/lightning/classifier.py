@@ -34,4 +34,4 @@ class Classifier(Trained):
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         """Return the loss of all heads."""
         heads = self.heads(self.model(batch.images), 2)
-        return {"loss": self.weighed([self.criterion(one.float(), batch.labels) for one in heads])}
+        return {"loss": self.weighed([self.label_loss(one, batch.labels) for one in heads])}

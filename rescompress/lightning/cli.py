@@ -94,6 +94,9 @@ class RecipeCLI(LightningCLI):
         for key in ("model.seed", "model.init_args.seed", "data.seed", "data.init_args.seed"):
             if key in config:
                 config[key] = seed
+        for callback in _as_list(config["trainer"].get("callbacks")):
+            if "seed" in (callback.get("init_args") or {}):
+                callback["init_args"]["seed"] = seed
 
     def _parse_ckpt_path(self) -> None:
         """Leave the config as it is: LightningCLI would overwrite the model's part by that of the checkpoint."""
@@ -216,6 +219,8 @@ class RecipeCLI(LightningCLI):
             cost=cost,
             deployed_cost=deployed,
         )
+        if self.subcommand == "test":
+            result = result.after(self.folder)
         rank_zero_info(f"wrote {result.write(self.folder)}")
 
 
@@ -225,11 +230,11 @@ def main(
     """Run a recipe's command line; what rescompress refuses becomes one line and exit code 1."""
     try:
         return RecipeCLI(model_class, datamodule_class, **options)
-    except RescompressError as error:
+    except (RescompressError, OSError) as error:  # a full disk, a folder that cannot be written
         _fail(error)
 
 
-def _fail(error: RescompressError) -> NoReturn:
+def _fail(error: Exception) -> NoReturn:
     print(f"error: {error}", file=sys.stderr, flush=True)
     raise SystemExit(1) from error
 

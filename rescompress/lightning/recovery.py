@@ -3,7 +3,7 @@
 Hinton et al., "Distilling the Knowledge in a Neural Network", https://arxiv.org/abs/1503.02531
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -33,8 +33,15 @@ class Distiller:
         self.teacher = teacher.requires_grad_(False).eval()
         self.distillation = distillation
 
-    def losses(self, model: nn.Module, batch: Any) -> dict[str, Tensor]:
+    def losses(
+        self, model: nn.Module, batch: Any, label_loss: Callable[[Tensor, Tensor], Tensor] | None = None
+    ) -> dict[str, Tensor]:
         """Run both models on a batch and return the losses by name; "loss" is what to minimise.
+
+        Args:
+            model: learns.
+            batch: for both.
+            label_loss: of logits and labels; cross entropy by default.
 
         Raises:
             InputError, UnsupportedModelError: as `Distillation.losses`.
@@ -44,7 +51,7 @@ class Distiller:
         if held is not None and (held.device, held.dtype) != (images.device, images.dtype):
             # Images of true half precision are what tells; with mixed precision they stay float32, as the teacher.
             self.teacher.to(images.device, images.dtype)
-        return self.distillation.losses(model, self.teacher, take_apart(batch))
+        return self.distillation.losses(model, self.teacher, take_apart(batch), label_loss)
 
 
 class Distill(Callback):
@@ -59,7 +66,7 @@ class Distill(Callback):
         temperature: see `Distillation`, as for the others.
         features: FQNs of modules whose outputs are compared.
         feature_weight: of their loss.
-        label_weight: of the cross entropy with the labels, in [0, 1]; the rest is the teacher's.
+        label_weight: of the loss with the labels, the module's own, in [0, 1]; the rest is the teacher's.
 
     Raises:
         SpecError: a value out of range.

@@ -7,7 +7,7 @@ import os
 import platform
 import shlex
 import sys
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Self
@@ -37,7 +37,7 @@ class Result:
         seed: of everything random
         command: that was run
         date: when it ended, UTC
-        finished: whether all epochs or steps were done
+        finished: whether all epochs or steps were done, on all of the data
         epochs: begun or done
         steps: of the optimizer
         seconds: of training, interruptions left out
@@ -88,6 +88,23 @@ class Result:
         os.replace(part, path)
         return path
 
+    def after(self, folder: str | Path) -> Self:
+        """Return the result of a later test of the same weights: what the run itself left is kept beside it."""
+        try:
+            run = self.read(folder)
+        except InputError:
+            return self
+        if (run.recipe, run.config, run.seed, run.steps) != (self.recipe, self.config, self.seed, self.steps):
+            return self
+        return replace(
+            self,
+            command=run.command,
+            finished=run.finished,
+            seconds=run.seconds,
+            metrics=run.metrics | self.metrics,
+            cost=run.cost | self.cost,
+        )
+
     @classmethod
     def read(cls, path: str | Path) -> Self:
         """Read a results.json, or that of a folder.
@@ -130,7 +147,7 @@ def gather(
         seed=module.seed,
         command=shlex.join(["python", *sys.argv]),
         date=datetime.now(UTC).isoformat(timespec="seconds"),
-        finished=any(limit is not None and 0 <= limit <= done for done, limit in limits),
+        finished=not _limited(trainer) and any(limit is not None and 0 <= limit <= done for done, limit in limits),
         epochs=epochs,
         steps=steps,
         seconds=float(timers[0].time_elapsed("train")) if timers else 0.0,
@@ -155,6 +172,15 @@ def costs(trainer: Any, prefix: str = "") -> dict[str, Any]:
     monitors = [one for one in trainer.callbacks if isinstance(one, CostMonitor)]
     found = monitors[0].summary() if monitors else {}
     return {name: value for name, value in found.items() if name.startswith(prefix)}
+
+
+def _limited(trainer: Trainer) -> bool:
+    """Whether the run was told to leave out a part of the data."""
+    told = vars(trainer)  # Lightning sets these without declaring them
+    shares = [told[f"limit_{split}_batches"] for split in ("train", "val", "test")]
+    return told["overfit_batches"] > 0 or any(
+        repr(share) not in ("None", "0", "1.0") for share in shares
+    )  # 1 is a batch
 
 
 def _macs(module: Trained, size: tuple[int, int] | None) -> int | None:

@@ -39,8 +39,12 @@ class Segmenter(Trained):
             found = self.model(batch.images, _samples(batch), mode="loss")
             parse: Any = self.model.parse_losses
             return {"loss": parse(found)[0]}
-        heads = [_at(one, batch.labels) for one in self.heads(self.model(batch.images), 4)]
-        return {"loss": self.weighed([self.criterion(one.float(), batch.labels) for one in heads])}
+        heads = self.heads(self.model(batch.images), 4)
+        return {"loss": self.weighed([self.label_loss(one, batch.labels) for one in heads])}
+
+    def label_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Return the loss of one head at the size of the labels."""
+        return super().label_loss(_at(logits, labels), labels)
 
     def logits(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return the scores of the classes at the size of the labels.

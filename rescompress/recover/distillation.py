@@ -4,7 +4,7 @@ Hinton et al., "Distilling the Knowledge in a Neural Network", https://arxiv.org
 Romero et al., "FitNets: Hints for Thin Deep Nets", https://arxiv.org/abs/1412.6550
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -49,8 +49,20 @@ class Distillation:
             raise SpecError(f"Distillation.label_weight must be in [0, 1], got {self.label_weight}")
         object.__setattr__(self, "features", tuple(self.features))
 
-    def losses(self, student: nn.Module, teacher: nn.Module, batch: Batch) -> dict[str, Tensor]:
+    def losses(
+        self,
+        student: nn.Module,
+        teacher: nn.Module,
+        batch: Batch,
+        label_loss: Callable[[Tensor, Tensor], Tensor] | None = None,
+    ) -> dict[str, Tensor]:
         """Run both models on a batch and return the losses by name; "loss" is what to minimise.
+
+        Args:
+            student: learns.
+            teacher: is learned from.
+            batch: for both.
+            label_loss: called with logits and labels where `label_weight` asks for it; `cross_entropy` by default.
 
         Raises:
             InputError: labels are to be learned from and the batch has none, or they do not fit the logits.
@@ -71,7 +83,7 @@ class Distillation:
         if self.label_weight:
             if batch.labels is None:
                 raise InputError("label_weight needs labels, and the loader gives none; give pairs (images, labels)")
-            found["labels"] = torch.stack([label_loss(one, batch.labels) for one in given]).mean()
+            found["labels"] = torch.stack([(label_loss or cross_entropy)(one, batch.labels) for one in given]).mean()
             loss = loss + self.label_weight * found["labels"]
         return {"loss": loss, **found}
 
@@ -83,7 +95,7 @@ class Distillation:
         return divergence * self.temperature**2
 
 
-def label_loss(logits: Tensor, labels: Tensor) -> Tensor:
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """Return the cross entropy of logits (B, classes) or, for dense prediction, (B, classes, h, w).
 
     Dense logits are brought up to the size of the labels (B, H, W), in which 255 stands for pixels without a label as

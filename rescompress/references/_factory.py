@@ -45,7 +45,10 @@ def _imported(name: str, sources: Iterable[str]) -> Any:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
         if error.name is not None and f"{name}.".startswith(f"{error.name}."):
-            hint = nearest(name, sources) or f"; known: {', '.join(sources)}, or package.module:factory"
+            hint = nearest(name, sources) or (
+                f"; known: {', '.join(sources)}, or package.module:factory, where the module can be "
+                "imported: from the folder that it lies in, or with that folder in PYTHONPATH"
+            )
             raise InputError(f"unknown model source {name!r}{hint}") from error
         raise InputError(f"cannot import {name}: {error}") from error
     except Exception as error:  # the user's own code runs here

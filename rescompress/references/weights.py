@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from rescompress.errors import InputError, one_line
 
 _LIGHTNING = "pytorch-lightning_version"
+_OURS = "rescompress"  # what SpecInCheckpoint writes
 _NESTED_IN = ("state_dict", "model_state_dict", "model", "module")
 _PREFIXES = ("module.", "_orig_mod.", "model.")
 _LISTED = 3
@@ -84,6 +85,11 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
         if isinstance(outer, Mapping) and isinstance(outer.get(name), Mapping):
             loaded = outer[name]
             break
+    if isinstance(outer, Mapping) and isinstance(outer.get(_OURS), Mapping) and outer[_OURS].get("parts"):
+        raise InputError(
+            f"{path} is a checkpoint of a compressed model, whose weights have the original's names and do not do its "
+            "work; give one of the original, or load this one by rescompress.lightning.load_model"
+        )
     if isinstance(outer, Mapping) and _LIGHTNING in outer:  # beside the model there are buffers of the loss
         loaded = {name: value for name, value in loaded.items() if str(name).startswith("model.")} or loaded
     if not isinstance(loaded, Mapping) or not loaded or not all(isinstance(value, Tensor) for value in loaded.values()):

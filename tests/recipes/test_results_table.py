@@ -65,6 +65,26 @@ def test_seeds_are_one_row_with_mean_and_spread(runs: Path, monkeypatch: pytest.
     assert text.startswith("# Recipes\n\nby hand\n") and text.endswith("the end\n") and "old" not in text
 
 
+def test_other_options_are_another_row(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    short = replace(RUN, seed=1, command=f"{RUN.command} --seed_everything 1 --trainer.max_epochs 1")
+
+    write(runs, RUN, replace(short, metrics={"test/accuracy": 0.5}))
+    text = table_of(runs, monkeypatch)
+
+    assert "| resnet | 91.00 | 91.00 to 91.00 | 0 |" in text
+    assert "| resnet `--trainer.max_epochs=1` | 50.00 | 50.00 to 50.00 | 1 |" in text
+
+
+def test_of_one_seed_the_last_run_counts(
+    runs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    RUN.write(runs / "first")
+    replace(RUN, date="2026-11-22T12:00:00+00:00", metrics={"test/accuracy": 0.95}).write(runs / "again")
+
+    assert "| resnet | 95.00 | 95.00 to 95.00 | 0 |" in table_of(runs, monkeypatch)
+    assert "done again: small/resnet seed 0" in capsys.readouterr().err
+
+
 def test_unfinished_and_broken_runs_are_left_out(
     runs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
