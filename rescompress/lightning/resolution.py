@@ -28,10 +28,9 @@ class SizeSchedule:
 
     Attributes:
         sizes: sides of square images
-        mode: "fixed", the one size; "progressive", from the smallest to the largest over the epochs, one size an epoch (an
-            epoch has the same number of batches at every size, so that with level "batch_size" one of small images goes
-            through more of the data, one of large images through less)
-            (two where an epoch lies in the middle); "mixed", drawn for each batch
+        mode: "fixed", the one size; "progressive", from the smallest to the largest over the epochs, one size an epoch
+            (two where an epoch lies in the middle; every epoch has as many batches, so that with level "batch_size" one
+            of small images goes through more of the data); "mixed", drawn for each batch
         level: what keeps the pixels of a step level: "batch_size" (smaller images, more of them), "learning_rate"
             (scaled by the pixels of the image over those of the largest) or "none"
         weights: in "mixed", how often each size is drawn against the others; alike by default

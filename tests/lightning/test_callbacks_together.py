@@ -145,3 +145,25 @@ def test_each_test_size_is_scored_with_its_own_statistics(root: Path, tmp_path: 
     run.test(trained, data(root, test_sizes=[14, 28]), verbose=False)
     assert {"test/accuracy@14", "test/accuracy@28"} <= set(run.callback_metrics)
     torch.testing.assert_close(trained.state_dict(), before, rtol=0, atol=0)
+
+
+def test_the_copy_in_low_bits_is_made_with_the_statistics_of_each_test_size(root: Path, tmp_path: Path) -> None:
+    images = data(root, test_sizes=[14, 28])
+    model = module(deploy={"steps": [{"kind": "quantize", "scheme": "w8"}]}, options={"width": 16})
+    run = trainer(tmp_path, Recalibrate(batches=2, at_end=False, per_test_size=True), max_epochs=1)
+    run.fit(model, datamodule=images)
+    trained = copy.deepcopy(model.model)
+
+    with model.deployed():
+        found = run.test(model, datamodule=images, verbose=False)
+
+    for size, scores in zip((14, 28), found, strict=True):
+        loader = images.plain_train_dataloader((size, size))
+        shown = [images.on_after_batch_transfer(batch, 0) for _, batch in zip(range(2), loader, strict=False)]
+        fitted = rc.recalibrate(copy.deepcopy(trained), [(batch.images,) for batch in shown]).eval()
+        expected = rc.compress(fitted, model.deploy, example_input=model.example)
+        losses = [
+            torch.nn.functional.cross_entropy(expected(batch.images), batch.labels, reduction="sum")
+            for batch in data(root, test_size=size).batches("test")
+        ]
+        torch.testing.assert_close(scores[f"deployed/loss@{size}"], float(sum(losses)) / 8, rtol=1e-4, atol=1e-5)

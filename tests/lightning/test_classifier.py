@@ -235,7 +235,7 @@ def test_a_distiller_takes_the_place_of_the_loss_and_stays_out_of_the_checkpoint
             super().__init__()
             self.teacher = nn.Linear(2, 2)
 
-        def losses(self, model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
+        def losses(self, model: nn.Module, batch: Batch, label_loss: Any = None) -> dict[str, torch.Tensor]:
             return {"loss": model(batch.images).sum() * 0 + 7, "distillation": torch.tensor(3.0)}
 
     module = made()

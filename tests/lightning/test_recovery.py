@@ -113,6 +113,17 @@ def test_the_loss_is_that_of_distillation_from_the_original():
         torch.testing.assert_close(torch.tensor(module.found[0][name]), loss.detach())
 
 
+def test_labels_are_learned_by_the_loss_that_is_given():
+    distillation, images = rc.Distillation(label_weight=1.0), torch.rand(2, 3, 8, 8)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(192, 5))
+    batch = Batch((images,), {}, torch.tensor([1, 4]))
+
+    found = distillation.losses(net, copy.deepcopy(net), batch, nn.CrossEntropyLoss(label_smoothing=0.3))
+
+    expected = nn.functional.cross_entropy(net(images), batch.labels, label_smoothing=0.3)
+    torch.testing.assert_close(found["loss"], expected)
+
+
 def test_the_teacher_is_frozen_and_in_no_state_and_gone_afterwards(tmp_path):
     module = Taught(scale=0.5)
     keys, before = list(module.state_dict()), copy.deepcopy(module.origin[0].state_dict())

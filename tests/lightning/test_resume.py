@@ -22,9 +22,9 @@ ROOT = Path(__file__).parents[2]
 SCRIPT = Path(__file__).with_name("tiny.py")
 
 
-def config(stop: dict[str, Any] | None = None, **trainer: Any) -> dict[str, Any]:
+def config(*stops: dict[str, Any], **trainer: Any) -> dict[str, Any]:
     """Everything that a run draws or keeps: dropout, batch norm, momentum, a schedule, augmentation, an order."""
-    callbacks = [] if stop is None else [{"class_path": "tests.lightning.tiny.Stop", "init_args": stop}]
+    callbacks = [{"class_path": "tests.lightning.tiny.Stop", "init_args": stop} for stop in stops]
     quiet = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False}
     return {
         "seed_everything": 7,
@@ -78,6 +78,20 @@ def test_an_interrupted_run_ends_at_the_same_weights(tmp_path: Path, at: int, wh
     run(tmp_path / "broken.yaml", tmp_path / "broken", config(stop, **options))
     ended_alike(tmp_path / "whole", tmp_path / "broken")
     assert (tmp_path / "broken" / "results.json").exists()
+
+
+def test_a_run_that_is_interrupted_twice_while_gradients_accumulate(tmp_path: Path) -> None:
+    """Both times from one step, which the first resumed run must not save again behind a later batch."""
+    options = {"accumulate_grad_batches": 3}
+    stops = [{"at": at, "where": "step", "marker": str(tmp_path / f"stopped{at}")} for at in (4, 5)]
+    run(tmp_path / "whole.yaml", tmp_path / "whole", config(**options))
+
+    for _ in stops:
+        with pytest.raises(Stopped):
+            run(tmp_path / "broken.yaml", tmp_path / "broken", config(*stops, **options))
+    run(tmp_path / "broken.yaml", tmp_path / "broken", config(*stops, **options))
+
+    ended_alike(tmp_path / "whole", tmp_path / "broken")
 
 
 def test_a_killed_process_run_again_by_the_same_command_ends_at_the_same_weights(tmp_path: Path) -> None:

@@ -34,6 +34,15 @@ def test_state_dicts_as_training_scripts_write_them(name, tmp_path):
     torch.testing.assert_close(dict(target.state_dict()), dict(state), rtol=0, atol=0)
 
 
+def test_a_checkpoint_of_a_compressed_model_is_no_original(tmp_path):
+    state = {f"model.{key}": value for key, value in net().state_dict().items()}
+    ours = {"class": "Classifier", "parts": {"model": {"spec": {"steps": [{"kind": "stem_resize", "scale": 0.5}]}}}}
+    torch.save({"state_dict": state, "rescompress": ours}, tmp_path / "last.ckpt")
+
+    with pytest.raises(InputError, match="checkpoint of a compressed model"):
+        load_weights(net(), tmp_path / "last.ckpt")
+
+
 def test_weights_that_do_not_fit_change_nothing(tmp_path):
     target = net()
     before = {key: value.clone() for key, value in target.state_dict().items()}
