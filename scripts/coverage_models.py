@@ -144,6 +144,10 @@ other libraries.
 """
 
 
+SMALL = (128, 256)
+"""Height and width of the images of mmseg's models: small, for the work is done in values."""
+
+
 @dataclass(frozen=True)
 class Subject:
     """One model of a library.
@@ -167,9 +171,7 @@ class Subject:
         """Return the arguments of one call, on the device of the model."""
         device = next(model.parameters()).device
         if self.library == "mmseg":
-            # Windows of attention and of pooling that are made for one size.
-            fixed = {"beit": (640, 640), "mae": (512, 512), "lraspp": (512, 1024)}
-            size = next((size for part, size in fixed.items() if part in self.name), (128, 256))
+            size = (512, 1024) if "lraspp" in self.name else SMALL  # its pooling window is made for one size
             return (torch.rand(1, 3, *size, device=device),), {}
         if self.name == "Siglip2VisionModel":  # the host of the image cuts it into patches
             side = 14
@@ -264,6 +266,8 @@ def _build_mmseg(name: str, **options: Any) -> nn.Module:
     importlib.import_module("mmseg.models")
     init_default_scope("mmseg")
     config = Config.fromfile(str(Path(mmseg.__file__).parent / ".mim" / "configs" / f"{name}.py"))
+    if config.model.backbone.type in ("BEiT", "MAE"):  # their tables of relative positions are made for one size
+        config.model.backbone.img_size = SMALL
     model: nn.Module = registry.MODELS.build(_without_weights(config.model.to_dict() | options))
     return model
 

@@ -179,7 +179,6 @@ def test_reasons_that_differ_in_names_and_numbers_only_are_one(tmp_path: Path) -
 WITHOUT_ROWS = {
     "hf_dense": "its models are counted with the family of the host inside",
     "timm_features": "extractors are counted with the family that they extract from",
-    "mmseg_vit": "its models come last in a run that takes long; tests/families/test_mmseg.py has them",
 }
 """Families that the matrix has no line for, and why."""
 

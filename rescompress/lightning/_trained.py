@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rescompress.errors import InputError
+from rescompress import surgery
+from rescompress.errors import InputError, one_line
 from rescompress.lightning._scoring import Scored
 from rescompress.lightning.batches import Batch
 from rescompress.lightning.data._order import mixed
@@ -39,6 +40,34 @@ class Trained(Scored):
                 f"the images of {type(data).__name__} have several labels each, and {type(self).__name__} is trained "
                 "and scored by one class per image; take data with one, such as pathmnist"
             )
+
+        self._check_sizes(data)
+
+    def _check_sizes(self, data: Any) -> None:
+        """Raise where the model does not take images of a size that the data will have; asked on the meta device."""
+        sizes = [*getattr(data, "train_sizes", ()), getattr(data, "test_size", None)]
+        sizes += [(side, side) for side in getattr(data, "test_sizes", None) or ()]
+        own = tuple(self.example.shape[-2:])
+        known = [size for size in dict.fromkeys(sizes) if size is not None and tuple(size) != own]
+        if not known or self._fails_at(own) is not None:  # a model that computes with values tells nothing there
+            return
+        for size in known:
+            problem = self._fails_at(size)
+            if problem is not None:
+                raise InputError(
+                    f"this {type(self.model).__name__} is built for images of {own[0]} x {own[1]} and does not take "
+                    f"the data's {size[0]} x {size[1]} ({problem}); set its sizes to model.input_size, or let the "
+                    "model take any, as timm's ViTs with options: {dynamic_img_size: true}"
+                )
+
+    def _fails_at(self, size: tuple[int, ...]) -> str | None:
+        model = surgery.clone_shared(self.model, "meta").eval()
+        try:
+            with torch.no_grad():
+                model(torch.zeros(1, self.channels, *size, device="meta"))
+        except Exception as error:  # the model's own code
+            return one_line(error, 120) or type(error).__name__
+        return None
 
     def configure_optimizers(self) -> Any:
         """Make the optimizer, without weight decay on norms and biases, and its schedule."""

@@ -93,6 +93,20 @@ def test_wrong_references_are_refused(reference: str, options: dict[str, Any], m
         Classifier(reference, num_classes=4, **options)
 
 
+def test_sizes_that_the_model_does_not_take_are_told_before_the_first_step() -> None:
+    small = {"depth": 1, "embed_dim": 32, "num_heads": 2}
+    fixed = Classifier("timm:vit_tiny_patch16_224", num_classes=4, input_size=160, options=small)
+    free = Classifier(
+        "timm:vit_tiny_patch16_224", num_classes=4, input_size=160, options={**small, "dynamic_img_size": True}
+    )
+    data = Tiny(train_size=160, test_size=128, length=4)
+
+    with pytest.raises(InputError, match=r"built for images of 160 x 160 and does not take the data's 128 x 128"):
+        trainer().fit(fixed, datamodule=data)
+    (tested,) = trainer().test(free, datamodule=data, verbose=False)
+    assert 0 <= tested["test/accuracy"] <= 1
+
+
 def test_low_bits_belong_to_deploy() -> None:
     low = {"steps": [{"kind": "quantize", "scheme": "w8"}]}
     with pytest.raises(SpecError, match="give the PRECISION steps of the spec as deploy"):

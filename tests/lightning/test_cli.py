@@ -183,7 +183,7 @@ def test_a_dry_run_does_without_what_other_runs_leave(caplog: pytest.LogCaptureF
 
 
 def test_checkpoints_can_be_left_out() -> None:
-    args = ("--folder", "a", "--trainer.enable_checkpointing", "false", "--trainer.limit_train_batches", "1")
+    args = ("--folder", "a", "--trainer.enable_checkpointing", "false", "--trainer.max_steps", "1")
     cli("fit", "--config", write("half.yaml", CONFIG), *args)
     assert Result.read("a").steps == 1
     assert not Path("a/last.ckpt").exists()
