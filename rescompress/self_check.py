@@ -23,6 +23,7 @@ from rescompress.errors import RescompressWarning, SmallerGridError, SpecError, 
 from rescompress.families._base import image_of
 from rescompress.families._tables import TableReads, read_in_part
 from rescompress.layers.wrap import RestoredMap
+from rescompress.outputs import are_detections, compare_kinds, difference, refuse_empty_outputs, tensors_in
 from rescompress.spec import Samples, Spec, Stage, Step
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -52,9 +53,9 @@ def self_check(
     visible = _visible_weights(model)
     original = _clone(model, visible)
     reference, cost_before, read_before = _run(original, call, "the model itself does not run on its example input")
-    if not _tensors(reference):
+    if not tensors_in(reference):
         raise UnsupportedModelError(f"this {name} returns no tensors that could be compared")
-    _refuse_empty_outputs(reference, name)
+    refuse_empty_outputs(reference, name)
 
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", RescompressWarning)
@@ -66,16 +67,16 @@ def self_check(
     unchanged, _ = apply_steps(identity, spec.identity(), anatomy, given)
 
     same, *_ = _run(identity, call, f"{kinds} at zero reduction breaks this {name}")
-    difference = _difference(reference, same)
-    if difference is not None and _difference(reference, _run(original, call, "the model itself")[0]) is not None:
+    apart = difference(reference, same)
+    if apart is not None and difference(reference, _run(original, call, "the model itself")[0]) is not None:
         raise UnsupportedModelError(
             f"this {name} gives other outputs from call to call, so nothing can be proved of it"
         )
-    if difference is not None:  # rounding or a real change? In double precision they are far apart
-        difference = _difference_in_double(_clone(model, visible), spec.identity(), anatomy, call)
-    if difference is not None:
+    if apart is not None:  # rounding or a real change? In double precision they are far apart
+        apart = _difference_in_double(_clone(model, visible), spec.identity(), anatomy, call)
+    if apart is not None:
         raise UnsupportedModelError(
-            f"{kinds} at zero reduction changes what this {name} computes ({difference}); "
+            f"{kinds} at zero reduction changes what this {name} computes ({apart}); "
             "it is refused rather than returned wrong"
         )
     resizes = any(step.stage < Stage.PRECISION and step != step.identity() for step in spec)
@@ -93,7 +94,7 @@ def self_check(
         _refuse_lost_positions(read_before, read_after, (anatomy.stem_grid, smaller.stem_grid), kinds, name)
     # keep=1.0 is no step of zero reduction by its options, and yet reduces nothing. The cost of a detector hangs on how
     # many things it finds.
-    counts = not _are_detections(reference)
+    counts = not are_detections(reference)
     is_vit = isinstance(anatomy, ViTAnatomy)
     # Smaller patches cost a ViT more, and may be asked for.
     saves = cost_after != cost_before if is_vit else cost_after < cost_before
@@ -105,7 +106,7 @@ def self_check(
         )
     if counts and resizes and _has_body(model, anatomy):
         _refuse_idle_steps(model, spec, anatomy, given)
-    return messages + _compare_kinds(reference, small, image.shape[2:], kinds, name)
+    return messages + compare_kinds(reference, small, image.shape[2:], kinds, name)
 
 
 def _refuse_lost_positions(
@@ -188,21 +189,6 @@ def _refuse_empty_example(image: Tensor, name: str) -> None:
             f"the example input of this {name} holds no finite value, so nothing can be proved with it; give an "
             "example_input like real images, such as torch.rand"
         )
-
-
-def _refuse_empty_outputs(reference: Any, name: str) -> None:
-    """Raise where the model's own outputs can prove nothing.
-
-    Raises:
-        UnsupportedModelError: one of them holds no finite value.
-    """
-    for index, output in enumerate(_tensors(reference)):
-        if not output.is_meta and output.numel() > 0 and not bool(output.isfinite().any()):
-            raise UnsupportedModelError(
-                f"output {index} of this {name}, of shape {tuple(output.shape)}, holds no finite value for the example "
-                "input, so nothing can be proved with it; give an example_input like real images, and see that the "
-                "weights are finite and do not overflow their type"
-            )
 
 
 def _has_body(model: nn.Module, anatomy: Anatomy) -> bool:
@@ -360,86 +346,4 @@ def _difference_in_double(model: nn.Module, identity: Spec, anatomy: Anatomy, ca
     clone = surgery.deep_copy(model).double()
     reference, *_ = _run(clone, tree_map(double, call), failing)
     apply_steps(clone, identity, anatomy, Samples(tree_map(double, call)))
-    return _difference(reference, _run(clone, tree_map(double, call), failing)[0])
-
-
-def _tensors(outputs: Any, depth: int = 3) -> list[Tensor]:
-    """Return the tensors in a model's outputs in order, those in plain objects, one in another, and arrays too."""
-    found: list[Tensor] = []
-    for leaf in tree_leaves(outputs):
-        if isinstance(leaf, Tensor):
-            found.append(leaf)
-        elif type(leaf).__module__ == "numpy" and hasattr(leaf, "__array__"):
-            found.append(torch.as_tensor(leaf))
-        elif depth > 0 and hasattr(leaf, "__dict__") and not isinstance(leaf, type | nn.Module):
-            found += _tensors(vars(leaf), depth - 1)
-    return found
-
-
-def _difference(reference: Any, other: Any) -> str | None:
-    """Say how far two outputs are apart, or None where they agree to 1e-6 of the size of their largest value."""
-    old, new = _tensors(reference), _tensors(other)
-    if len(old) != len(new):
-        return f"{len(new)} tensors instead of {len(old)}"
-    for a, b in zip(old, new, strict=True):
-        if a.shape != b.shape or a.dtype != b.dtype:
-            return f"{b.dtype} of shape {tuple(b.shape)} instead of {a.dtype} of {tuple(a.shape)}"
-        if a.is_meta or a.numel() == 0:
-            continue
-        if not a.is_floating_point():
-            if not torch.equal(a, b):
-                return f"other values of type {a.dtype}"
-            continue
-        finite = a.isfinite()
-        if not torch.equal(finite, b.isfinite()):
-            return "other values than before are infinite or NaN"
-        a, b = a[finite].double(), b[finite].double()
-        if a.numel() and (a - b).abs().max() > 1e-6 * a.abs().max():
-            return f"largest difference {(a - b).abs().max():.3g} in values of size {a.abs().max():.3g}"
-    return None
-
-
-def _are_detections(outputs: Any) -> bool:
-    """Whether outputs are what detectors give: a dict for each image, whose tensors have a row for each thing found."""
-    if not isinstance(outputs, list) or not outputs or not all(isinstance(one, dict) and one for one in outputs):
-        return False
-    rows = [[value.shape[:1] if isinstance(value, Tensor) else None for value in one.values()] for one in outputs]
-    return all(None not in found and len(set(found)) == 1 and found[0] for found in rows)
-
-
-def _compare_kinds(reference: Any, small: Any, image: torch.Size, kinds: str, name: str) -> list[str]:
-    """Return what to warn of in the reduced model's outputs; grids and sequences may be shorter, nothing else.
-
-    A map of the size of the image (`image`, its height and width) predicts for every pixel, and keeps its size.
-
-    Raises:
-        UnsupportedModelError: they are no replacement for the original's.
-    """
-    old, new = _tensors(reference), _tensors(small)
-    # Features at several scales are no predictions, even where the first still have the image's size.
-    pyramid = len({tensor.shape[2:] for tensor in old if tensor.ndim == 4}) > 1
-    any_number = _are_detections(reference) and _are_detections(small)
-    problem, messages = None, []
-    if len(old) != len(new):
-        problem = f"{len(new)} tensors instead of {len(old)}"
-    for a, b in zip(old, new, strict=False):
-        alike = a.shape == b.shape if a.ndim <= 2 else a.ndim == b.ndim and a.shape[0] == b.shape[0]
-        if any_number:  # of things found in an image; each of them must look as before
-            alike = a.shape[1:] == b.shape[1:]
-        if not alike:
-            problem = f"shape {tuple(b.shape)} instead of {tuple(a.shape)}"
-        elif a.shape != b.shape and a.shape[2:] == image and not pyramid and not any_number:
-            problem = (
-                f"shape {tuple(b.shape)} instead of {tuple(a.shape)}, which predicts for every pixel of the image. "
-                "Name the module whose map must come back at its old size in the anatomy of a family (its `restored`, "
-                "see docs/how-to/add-a-family.md), or compress the part of the network in front of that prediction"
-            )
-        elif a.shape != b.shape and not any_number:
-            messages.append(f"{kinds}: an output has shape {tuple(b.shape)} instead of {tuple(a.shape)}")
-        elif not a.is_meta and a.is_floating_point() and bool(a.isfinite().all()) and not bool(b.isfinite().all()):
-            problem = "infinite or NaN values where the original has none"
-    if problem is not None:
-        raise UnsupportedModelError(f"{kinds} gives outputs of another kind on this {name}: {problem}")
-    if any(tensor.is_meta for tensor in old):
-        messages.append(f"this {name} is on the meta device, so only shapes were checked, not values")
-    return messages
+    return difference(reference, _run(clone, tree_map(double, call), failing)[0])
