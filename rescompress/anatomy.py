@@ -135,6 +135,7 @@ class ViTAnatomy(Anatomy):
         patch_layout: how pixels and channels of a patch follow each other in what that linear layer reads, "hwc" or
             "chw"; None where it is a convolution
         image_entry: FQN of the module that takes the image where that is not `patch_conv`
+        given_patches: whether the caller cuts the image, and gives sequences of patches of images of any shape
         conv_stem: whether a stem of several convolutions makes the patches, so that no kernel could be made larger
         size_check: FQN of the host's attribute that, when true, makes it take images of its `img_size` only
         pads_image: whether the host fills up the last patches instead of leaving their pixels unread
@@ -182,6 +183,7 @@ class ViTAnatomy(Anatomy):
     conv_stem: bool = False
     patch_layout: str | None = None
     image_entry: str | None = None
+    given_patches: bool = False
     dense_tokens: bool = False
     prefix_from_block: int = 0
 

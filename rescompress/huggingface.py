@@ -21,7 +21,7 @@ from rescompress.errors import InputError, SpecError, UnsupportedModelError
 from rescompress.families import describe
 from rescompress.families._hf_config import METHOD, is_pretrained, part, write
 from rescompress.families.hf_vit import UNCOMPRESSED
-from rescompress.inputs import default_input
+from rescompress.inputs import default_args
 from rescompress.spec import Spec
 
 _hf: Any = transformers  # half of it has no types
@@ -146,7 +146,8 @@ def _anatomy(module: nn.Module, one: dict[str, Any]) -> Anatomy:
     size = (int(one["input_size"][0]), int(one["input_size"][1]))
     found = surgery.get(module, one["host"])
     try:
-        anatomy = describe(found, (default_input(found, size).to("meta"),))
+        args, kwargs = default_args(found, size)
+        anatomy = describe(found, tuple(image.to("meta") for image in args), kwargs)
     except UnsupportedModelError:
         # DETR and its kin compute with values, which a model whose weights are still to come does not have. Where its
         # parts are does not hang on them, so zeros do.
@@ -154,7 +155,7 @@ def _anatomy(module: nn.Module, one: dict[str, Any]) -> Anatomy:
         with torch.device("cpu"), torch.no_grad():  # transformers loads under the meta device
             for tensor in [*stand_in.parameters(), *stand_in.buffers()]:
                 tensor.zero_()
-            anatomy = describe(stand_in, (default_input(stand_in, size),))
+            anatomy = describe(stand_in, *default_args(stand_in, size))
     if one["host"]:
         anatomy = inside(anatomy, one["host"])
     return replace(anatomy, multiple=int(one["multiple"]))

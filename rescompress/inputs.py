@@ -1,5 +1,6 @@
 """Example inputs: what a user gives, what a model takes by its own config, and another batch size of either."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -131,14 +132,37 @@ _DETECTORS = (
 )
 
 
-def default_args(model: nn.Module, size: tuple[int, int] | None = None) -> Args:
-    """Return the arguments of a call with the image of `default_input`, in a list as (3, H, W) where that is asked for.
+_PATCH_READERS = (
+    "transformers.models.siglip2.modeling_siglip2.Siglip2VisionModel",
+    "transformers.models.siglip2.modeling_siglip2.Siglip2ForImageClassification",
+)
 
-    The detectors of torchvision take a list of images of any size.
+
+def default_args(model: nn.Module, size: tuple[int, int] | None = None) -> Args:
+    """Return the arguments of a call with the image of `default_input`, in the form that the model asks for.
+
+    The detectors of torchvision take a list of images (3, H, W) of any size, the vision models of SigLIP 2 patches.
     """
-    image = default_input(model, size)
     names = {f"{base.__module__}.{base.__qualname__}" for base in type(model).__mro__}
+    if names & set(_PATCH_READERS):
+        return (), _given_patches(model, size)
+    image = default_input(model, size)
     return (([image[0]],) if names & set(_DETECTORS) else (image,)), {}
+
+
+def _given_patches(model: Any, size: tuple[int, int] | None) -> dict[str, Tensor]:
+    """Return one random image as its processor gives it: patches (1, N, P * P * C), which of them are real, (1, 2)."""
+    config = getattr(model.config, "vision_config", model.config)
+    patch, side = config.patch_size, math.isqrt(config.num_patches)
+    rows, columns = (side, side) if size is None else (size[0] // patch, size[1] // patch)
+    image = default_input(model, (rows * patch, columns * patch))
+    cut = image.unflatten(3, (columns, patch)).unflatten(2, (rows, patch)).permute(0, 2, 4, 3, 5, 1)
+    return {
+        "pixel_values": cut.reshape(1, rows * columns, -1),
+        "pixel_attention_mask": torch.ones(1, rows * columns, dtype=torch.int64, device=image.device),
+        # Numbers, which the meta device does not have.
+        "spatial_shapes": torch.tensor([[rows, columns]], device="cpu" if image.is_meta else image.device),
+    }
 
 
 def _input_size(model: nn.Module) -> tuple[int, int, int]:

@@ -218,7 +218,9 @@ def map_grid(modules: tuple[nn.Module, ...], channels: int, grid: Grid) -> Grid:
 
 
 def fingerprint(model: nn.Module) -> dict[str, int]:
-    """Return the identity of every module and parameter by name: two are equal when no surgery happened between."""
+    """Return the identity of every module, hook and parameter by name: two are equal when no surgery came between."""
     found = {name: id(module) for name, module in model.named_modules(remove_duplicate=False)}
+    for name, module in model.named_modules(remove_duplicate=False):
+        found |= {f"{name}({key})": id(hook) for key, hook in module._forward_pre_hooks.items()}
     found |= {f"{name}:": id(parameter) for name, parameter in model.named_parameters(remove_duplicate=False)}
     return found

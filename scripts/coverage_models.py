@@ -67,6 +67,7 @@ TRANSFORMERS: dict[str, dict[str, Any]] = {
     "SiglipForImageClassification": {"vision_config": _VIT},
     "SiglipVisionModel": _VIT,
     "Siglip2VisionModel": {**_VIT, "num_patches": 196},
+    "Siglip2ForImageClassification": {"vision_config": {**_VIT, "num_patches": 196}},
     "CLIPForImageClassification": {"vision_config": _VIT},
     "CLIPVisionModel": _VIT,
     "SwinForImageClassification": {},
@@ -173,13 +174,6 @@ class Subject:
         if self.library == "mmseg":
             size = (512, 1024) if "lraspp" in self.name else SMALL  # its pooling window is made for one size
             return (torch.rand(1, 3, *size, device=device),), {}
-        if self.name == "Siglip2VisionModel":  # the host of the image cuts it into patches
-            side = 14
-            return (), {
-                "pixel_values": torch.rand(1, side * side, 3 * 16 * 16, device=device),
-                "pixel_attention_mask": torch.ones(1, side * side, dtype=torch.int64, device=device),
-                "spatial_shapes": torch.tensor([[side, side]]),
-            }
         return default_args(model)
 
 

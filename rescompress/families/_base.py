@@ -1,6 +1,8 @@
 """What a family is, how the families are found, and how a model finds its family."""
 
 import importlib
+import itertools
+import math
 import pkgutil
 import warnings
 from collections.abc import Callable
@@ -52,6 +54,8 @@ def class_names(thing: object) -> tuple[str, ...]:
 def image_of(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     """Return the batch of images among a model's arguments: the first tensor (B, C, H, W), or (C, H, W) in a list.
 
+    Where the caller cuts the images into patches, an empty one as large as the first stands for them.
+
     Raises:
         UnsupportedModelError: there is none.
     """
@@ -59,6 +63,9 @@ def image_of(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     for leaf in leaves:
         if leaf.ndim == 4:
             return leaf
+    patches = given_patches(leaves)
+    if patches is not None:
+        return patches
     for leaf in leaves:  # detectors take a list of images of any size
         if leaf.ndim == 3 and leaf.shape[0] in (1, 3, 4):
             return leaf[None]
@@ -72,6 +79,20 @@ def image_of(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
         f"the example input of this {type(model).__name__} holds no batch of images (B, C, H, W); give one as "
         "example_input, a tensor or a tuple of arguments"
     )
+
+
+def given_patches(leaves: list[Tensor]) -> Tensor | None:
+    """Return an empty image as large as the first of those given as patches: (B, N, P * P * C) and shapes (B, 2)."""
+    for patches, shapes in itertools.permutations(leaves, 2):
+        if patches.ndim == 3 and not shapes.is_floating_point() and shapes.shape == (patches.shape[0], 2):
+            count, values = patches.shape[1:]
+            channels = 3 if math.isqrt(values // 3) ** 2 * 3 == values else 1
+            side = math.isqrt(values // channels)
+            # The meta device knows no values.
+            square = math.isqrt(count)
+            rows, columns = (square, square) if shapes.is_meta or not len(shapes) else shapes[0].tolist()
+            return patches.new_empty(patches.shape[0], channels, rows * side, columns * side, device="meta")
+    return None
 
 
 _registered: list[Family] = []

@@ -47,7 +47,6 @@ _PLAIN = (
     "vit.modeling_vit.ViTModel",
     "vit_msn.modeling_vit_msn.ViTMSNModel",
 )
-PATCHES_GIVEN = "transformers.models.siglip2.modeling_siglip2.Siglip2VisionModel"
 
 
 def describe(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ViTAnatomy:
@@ -56,11 +55,6 @@ def describe(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     Raises:
         UnsupportedModelError: the patches are not cut by one convolution of this model, or are not square.
     """
-    if PATCHES_GIVEN in class_names(model):
-        raise UnsupportedModelError(
-            f"a {type(model).__name__} is given patches, not images: its processor decides how many; ask the processor "
-            "for fewer (max_num_patches), or take a SiglipVisionModel, which takes images"
-        )
     height, width = image_of(model, args, kwargs).shape[-2:]
     host: Any = model
     patch_conv, conv = _patch_conv(model, host.embeddings)
@@ -259,6 +253,6 @@ FAMILY = Family(
     name="hf_vit",
     summary="plain ViTs of transformers (ViT, DeiT, BEiT, DINOv2, DINOv3, CLIP, SigLIP, BLIP, ...), vision towers too",
     methods=("patch_resize", "input_resize", "token_pool", "token_merge", "quantize"),
-    hosts=(*(f"transformers.models.{name}" for name in _PLAIN), PATCHES_GIVEN),
+    hosts=tuple(f"transformers.models.{name}" for name in _PLAIN),
     describe=describe,
 )

@@ -2,11 +2,13 @@
 
 import dataclasses
 
+import torch
 from torch import nn
 
 from rescompress import surgery
 from rescompress.anatomy import Anatomy, Grid, GridAttribute, ViTAnatomy, cells
 from rescompress.errors import SpecError, UnsupportedModelError
+from rescompress.layers.given_patches import ResizedPatches
 from rescompress.layers.patches import ResizedEmbedding
 from rescompress.layers.resize import Resize2d
 
@@ -134,6 +136,35 @@ def put_in_front(model: nn.Module, fqn: str, kind: str, resize: nn.Module) -> No
             "in the end"
         )
     surgery.swap(model, fqn, ResizedEmbedding(module, resize))
+
+
+def resize_given_patches(
+    model: nn.Module, anatomy: ViTAnatomy, scale: float, patch: int, mode: str = "bilinear", antialias: bool = True
+) -> ViTAnatomy:
+    """Resize images that enter as patches by the scale of their grids, cut patches of this side, return the anatomy.
+
+    The host resamples its position embedding for every image.
+    """
+    host = surgery.get(model, anatomy.host)
+    earlier = {key: hook for key, hook in host._forward_pre_hooks.items() if isinstance(hook, ResizedPatches)}
+    given, before = anatomy.patch_size[0], 1.0
+    for key, hook in earlier.items():
+        given, before = hook.given, hook.scale
+        del host._forward_pre_hooks[key], host._forward_pre_hooks_with_kwargs[key]
+    resize = ResizedPatches(given, patch, before * scale, mode, antialias)
+    host.register_forward_pre_hook(resize, with_kwargs=True)
+    shape = cells(anatomy.input_size, (given, given))
+    # Not on the meta device, under which transformers loads models.
+    target = resize.target(torch.tensor([shape], device="cpu"), resize.length(shape[0] * shape[1]))
+    rows, columns = target[0].tolist()
+    places = len(anatomy.grids)
+    return dataclasses.replace(
+        anatomy,
+        image_size=(rows * patch, columns * patch),
+        patch_size=(patch, patch),
+        grids=((rows, columns),) * places,
+        num_patch_tokens=(rows * columns,) * places,
+    )
 
 
 def _pos_embed_grid(anatomy: ViTAnatomy, grid: Grid) -> Grid:

@@ -29,6 +29,11 @@ def vit_anatomy(model: nn.Module, anatomy: Anatomy, kind: str) -> ViTAnatomy:
             f"{kind} needs a Vision Transformer, and {type(model).__name__} is a {anatomy.family} network: "
             "use stem_resize or input_resize"
         )
+    if anatomy.given_patches:
+        raise UnsupportedModelError(
+            f"{kind} does not fit this {type(model).__name__}: each of its sequences has the grid of its own image and "
+            "padding behind, so no one pooling or number of merges fits them; use patch_resize or input_resize"
+        )
     return anatomy
 
 

@@ -13,7 +13,14 @@ from rescompress import surgery
 from rescompress.anatomy import Anatomy, ConvAnatomy, Grid, ViTAnatomy
 from rescompress.errors import SpecError, UnsupportedModelError
 from rescompress.layers.resize import MODES, Resize2d
-from rescompress.methods._grid import can_express, follow, pixels_per_patch, put_in_front, set_grid
+from rescompress.methods._grid import (
+    can_express,
+    follow,
+    pixels_per_patch,
+    put_in_front,
+    resize_given_patches,
+    set_grid,
+)
 from rescompress.methods._resizing import asked, check_resize_options, put_resize, refuse_larger, warn_if_not_reached
 from rescompress.spec import Stage, Step, as_pair
 
@@ -102,6 +109,8 @@ class InputResize(Step):
     def _apply_vit(self, model: nn.Module, anatomy: ViTAnatomy) -> Anatomy:
         if anatomy.grid is None or len(set(anatomy.grids)) > 1:
             raise SpecError("input_resize must come before steps that change the tokens")
+        if anatomy.given_patches:
+            return self._apply_given(model, anatomy)
         grid = self._target_grid(anatomy)
         image = (grid[0] * anatomy.patch_size[0], grid[1] * anatomy.patch_size[1])
         refuse_larger(self, anatomy.input_size, image, "image")
@@ -119,6 +128,17 @@ class InputResize(Step):
         else:
             put_in_front(model, anatomy.image_entry, self.kind, resize)
         return set_grid(model, anatomy, grid, anatomy.patch_size, image)
+
+    def _apply_given(self, model: nn.Module, anatomy: ViTAnatomy) -> Anatomy:
+        if self.scale is None:
+            raise SpecError(
+                f"input_resize.size={self.size}: a {type(model).__name__} is given images of any shape, so no one size "
+                "fits them; give a scale"
+            )
+        antialias = self._resize((1.0, 1.0), None).antialias
+        made = resize_given_patches(model, anatomy, self.scale, anatomy.patch_size[0], self.mode, antialias)
+        warn_if_not_reached(self.kind, self.scale, anatomy.grid or (0, 0), made.grid or (0, 0))
+        return made
 
     def _target_grid(self, anatomy: ViTAnatomy) -> Grid:
         """Return the grid of whole patches nearest to what was asked for, the smaller one of two as near."""

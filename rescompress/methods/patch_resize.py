@@ -14,7 +14,7 @@ from rescompress.anatomy import Anatomy, Grid, ViTAnatomy, cells
 from rescompress.errors import RescompressWarning, SpecError, UnsupportedModelError
 from rescompress.layers.patches import PatchLinear
 from rescompress.layers.resample import PatchConv2d
-from rescompress.methods._grid import can_express, set_grid
+from rescompress.methods._grid import can_express, resize_given_patches, set_grid
 from rescompress.methods._resizing import warn_if_not_reached
 from rescompress.spec import Stage, Step, as_pair, check_scale
 
@@ -73,6 +73,8 @@ class PatchResize(Step):
         linear = layout is not None and (type(conv) is nn.Linear or isinstance(conv, PatchLinear))
         if not linear and (not isinstance(conv, nn.Conv2d) or tuple(conv.kernel_size) != tuple(conv.stride)):
             raise UnsupportedModelError(f"{anatomy.patch_conv!r} is no convolution whose stride is its kernel")
+        if anatomy.given_patches and layout is not None:
+            return self._apply_given(model, anatomy, layout)
         image = anatomy.image_size
         patch_size = self._target_patch(anatomy, image)
         grid = cells(image, patch_size, anatomy.pads_image)
@@ -92,6 +94,20 @@ class PatchResize(Step):
             resampled = PatchConv2d.from_patch_conv(conv, patch_size)  # type: ignore[arg-type]
         surgery.swap(model, anatomy.patch_conv, resampled)
         return set_grid(model, anatomy, grid, patch_size, image)
+
+    def _apply_given(self, model: nn.Module, anatomy: ViTAnatomy, layout: str) -> Anatomy:
+        old = anatomy.patch_size
+        patch = (round(old[0] / self.scale),) * 2 if self.scale else as_pair("patch_resize.patch_size", self.patch_size)
+        if patch[0] != patch[1] or patch[0] < old[0]:
+            raise SpecError(
+                f"patch_resize.patch_size={self.patch_size}: a {type(model).__name__} is given patches of {old[0]} px, "
+                "which can be made into larger square ones only"
+            )
+        linear: nn.Linear = surgery.get(model, anatomy.patch_conv)  # type: ignore[assignment]
+        surgery.swap(model, anatomy.patch_conv, PatchLinear.from_patch_linear(linear, old, patch, layout))
+        made = resize_given_patches(model, anatomy, old[0] / patch[0], patch[0])
+        warn_if_not_reached(self.kind, self.scale, anatomy.grid or (0, 0), made.grid or (0, 0))
+        return made
 
     def _target_patch(self, anatomy: ViTAnatomy, image: Grid) -> Grid:
         if self.patch_size is not None:

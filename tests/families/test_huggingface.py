@@ -386,12 +386,6 @@ def test_write_config_asks_for_something_compressed():
         huggingface.write_config(torch.nn.Linear(1, 1))
 
 
-def test_siglip2_is_refused_because_its_processor_cuts_the_patches():
-    model = hf.Siglip2VisionModel(hf.Siglip2VisionConfig(**{**VIT, "num_patches": 16}, vision_use_head=False))
-    with pytest.raises(rc.UnsupportedModelError, match="max_num_patches"):
-        rc.compress(model, scale=0.5)
-
-
 def test_the_log_says_that_the_processor_goes_on():
     _, _, small = made("ViT")
     assert (
