@@ -1,5 +1,6 @@
 """The command line of the recipes: one YAML file is one run, in its own folder, that can be killed at any moment."""
 
+import argparse
 import importlib.util
 import os
 import sys
@@ -227,16 +228,21 @@ class RecipeCLI(LightningCLI):
 def main(
     model_class: type[Trained], datamodule_class: type[LightningDataModule] | None = None, **options: Any
 ) -> RecipeCLI:
-    """Run a recipe's command line; what rescompress refuses becomes one line and exit code 1."""
+    """Run a recipe's command line; what is refused becomes one line: exit code 1, or 2 for options and configs."""
+    # Else jsonargparse would print some seventy lines of options first.
+    raising: dict[str, Any] = {"exit_on_error": False}
+    options.setdefault("parser_kwargs", raising | dict.fromkeys(RecipeCLI.subcommands(), raising))
     try:
         return RecipeCLI(model_class, datamodule_class, **options)
+    except argparse.ArgumentError as error:
+        _fail(f"{error}\ntip: {Path(sys.argv[0]).name} fit --help lists the options", code=2, cause=error)
     except (RescompressError, OSError) as error:  # a full disk, a folder that cannot be written
-        _fail(error)
+        _fail(str(error), code=1, cause=error)
 
 
-def _fail(error: Exception) -> NoReturn:
-    print(f"error: {error}", file=sys.stderr, flush=True)
-    raise SystemExit(1) from error
+def _fail(message: str, code: int, cause: Exception) -> NoReturn:
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    raise SystemExit(code) from cause
 
 
 def _loggers(folder: str) -> list[Any]:

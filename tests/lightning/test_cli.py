@@ -240,6 +240,22 @@ def test_errors_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     )
 
 
+def test_wrong_options_are_named_without_a_page_of_right_ones(capsys: pytest.CaptureFixture[str]) -> None:
+    config = ("--config", write("half.yaml", CONFIG))
+    for arguments, named in (
+        (("fit", *config, "--trainer.max_epoks", "3"), "max_epoks"),
+        (("fit", *config, "--model.num_classes", "ten"), "model.num_classes"),
+        (("fit", "--config", write("typo.yaml", {**CONFIG, "modle": {"num_classes": 3}})), "modle"),
+        (("fitt", *config), "fitt"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            main(Classifier, Tiny, args=[*arguments])
+        said = capsys.readouterr().err
+        assert stop.value.code == 2
+        assert named in said and "fit --help" in said
+        assert len(said.splitlines()) < 10
+
+
 def test_results_that_are_none_are_refused() -> None:
     with pytest.raises(InputError, match="cannot read none"):
         Result.read("none")

@@ -43,23 +43,37 @@ def decode_on(files: Sequence[Tensor], device: torch.device) -> list[Tensor | Ex
     Shape:
         - Output: (3, H, W) each, uint8
     """
-    from torchvision.io import ImageReadMode, decode_jpeg
-
     with warnings.catch_warnings():
         # torchvision 0.29 says that TorchCodec is to take over; it is the one that decodes on the GPU until then.
         warnings.simplefilter("ignore", DeprecationWarning)
         try:
-            return list(decode_jpeg(list(files), mode=ImageReadMode.RGB, device=device))
+            return list(_on_device(files, device))
         except (RuntimeError, ValueError):  # one of them is damaged, or of another format: each by itself
             return [_decode_one(file, device) for file in files]
 
 
-def _decode_one(file: Tensor, device: torch.device) -> Tensor | Exception:
+def decodes_jpeg(device: torch.device) -> bool:
+    """Whether this torchvision decodes JPEG on this device: it may have been built without, and processors differ."""
+    from torchvision.io import encode_jpeg
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # as in decode_on
+        file = encode_jpeg(torch.zeros(3, 16, 16, dtype=torch.uint8))
+        try:
+            return _on_device([file], device)[0].device.type == device.type
+        except (RuntimeError, ValueError, OSError):
+            return False
+
+
+def _on_device(files: Sequence[Tensor], device: torch.device) -> list[Tensor]:
     from torchvision.io import ImageReadMode, decode_jpeg
 
+    return list(decode_jpeg(list(files), mode=ImageReadMode.RGB, device=device))
+
+
+def _decode_one(file: Tensor, device: torch.device) -> Tensor | Exception:
     try:
-        image: Tensor = decode_jpeg([file], mode=ImageReadMode.RGB, device=device)[0]
-        return image
+        return _on_device([file], device)[0]
     except (RuntimeError, ValueError):
         try:
             return decode(file.numpy().tobytes()).to(device)

@@ -9,7 +9,7 @@ from torch import Tensor
 from rescompress.errors import InputError, one_line
 from rescompress.lightning.data._augment import POLICIES, Transform, one_of, test_transform, train_transform
 from rescompress.lightning.data._base import ImageData, Size
-from rescompress.lightning.data._images import IMAGENET_MEAN, IMAGENET_STD, decode_on
+from rescompress.lightning.data._images import IMAGENET_MEAN, IMAGENET_STD, decode_on, decodes_jpeg
 from rescompress.lightning.data._loader import Loaded
 from rescompress.lightning.data._order import drawn
 
@@ -27,7 +27,7 @@ class PhotoData(ImageData):
         crop_ratio: in evaluation, share of the image's shorter side that is seen.
         interpolation: "bilinear" or "bicubic".
         decode_on: "workers", or the "device": workers then only read, and decoding and the augmentation of each image
-            happen where the model runs.
+            happen where the model runs; "auto" is the device where that is a GPU which decodes JPEG.
         mean: of the channels.
         std: of the channels.
         options: those of `ImageData`.
@@ -44,7 +44,7 @@ class PhotoData(ImageData):
         erase: float = 0.0,
         crop_ratio: float = 0.875,
         interpolation: str = "bilinear",
-        decode_on: str = "workers",
+        decode_on: str = "auto",
         mean: Sequence[float] = IMAGENET_MEAN,
         std: Sequence[float] = IMAGENET_STD,
         **options: Any,
@@ -52,12 +52,13 @@ class PhotoData(ImageData):
         super().__init__(train_size=train_size, test_size=test_size, mean=mean, std=std, **options)
         one_of("policy", policy, POLICIES)
         one_of("interpolation", interpolation, ("bilinear", "bicubic"))
-        one_of("decode_on", decode_on, ("workers", "device"))
+        one_of("decode_on", decode_on, ("auto", "workers", "device"))
         if not 0 < crop_ratio <= 1:
             raise InputError(f"crop_ratio must be in (0, 1], got {crop_ratio}")
         if not 0 < scale[0] <= scale[1]:
             raise InputError(f"scale must be (least, largest) share of the image's area, got {tuple(scale)}")
         self.decode_on = decode_on
+        self._decodes: bool | None = None
         self._training: dict[str, Any] = {
             "scale": tuple(scale),
             "flip": flip,
@@ -81,6 +82,16 @@ class PhotoData(ImageData):
         """Return the transforms to these sizes."""
         make: Callable[[Size], Transform] = self.train_transform if training else self.test_transform
         return [make(size) for size in sizes]
+
+    @property
+    def on_device(self) -> bool:
+        """Whether the workers only read."""
+        if self.decode_on != "auto":
+            return self.decode_on == "device"
+        if self._decodes is None:
+            device = None if self.trainer is None else self.trainer.strategy.root_device
+            self._decodes = device is not None and device.type == "cuda" and decodes_jpeg(device)
+        return self._decodes
 
     def decode(self, batch: Loaded) -> Loaded:
         training = batch.draws is not None

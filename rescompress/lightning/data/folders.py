@@ -91,7 +91,7 @@ class ImageFolders(PhotoData):
             sizes,
             training=training,
             corrupt=self.corrupt,
-            encoded=self.decode_on == "device",
+            encoded=self.on_device,
         )
 
 

@@ -128,11 +128,10 @@ class ImageShards(PhotoData):
         rank, world = self.shares
         shuffle = training if shuffle is None else shuffle
         largest = max(self.train_sizes) if training else size or self.test_size
-        on_device = self.decode_on == "device"
         stream = ShardStream(
             urls=urls,
             images=sum(lengths),
-            read=as_they_are if on_device else Decoded(self.transforms([largest], training)[0]),
+            read=as_they_are if self.on_device else Decoded(self.transforms([largest], training)[0]),
             image_keys=self.image_keys,
             label_key=self.label_key,
             classes=self.num_classes,

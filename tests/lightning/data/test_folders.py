@@ -1,6 +1,7 @@
 """ImageNet as folders: files, corrupt ones among them, and what a wrong layout is told."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ pytest.importorskip("lightning")
 
 from rescompress.errors import InputError, RescompressWarning
 from rescompress.lightning.batches import Batch
-from rescompress.lightning.data import ImageFolders
+from rescompress.lightning.data import ImageFolders, _photos
+from rescompress.lightning.data._images import decodes_jpeg
 from tests.lightning import layouts
 
 OPTIONS = {"train_size": 16, "test_size": 16, "batch_size": 4, "workers": 0}
@@ -134,6 +136,25 @@ def test_decoding_on_the_device_gives_the_same_pixels(tmp_path: Path) -> None:
             torch.testing.assert_close(one.images, other.images, rtol=0, atol=0.02)  # 1/255 over std: two decoders
 
 
+@pytest.mark.parametrize(
+    ("kind", "decodes", "on_device"), [("cuda", True, True), ("cuda", False, False), ("cpu", True, False)]
+)
+def test_files_are_decoded_on_a_gpu_that_can(
+    kind: str, decodes: bool, on_device: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = made(layouts.image_folders(tmp_path / "data"))
+    data.trainer = SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device(kind)))  # type: ignore[assignment]
+    monkeypatch.setattr(_photos, "decodes_jpeg", lambda device: decodes)
+
+    assert data.on_device == on_device
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_a_gpu_that_is_not_there_decodes_nothing() -> None:
+    assert decodes_jpeg(torch.device("cpu"))
+    assert not decodes_jpeg(torch.device("cuda"))
+
+
 def break_layout(root: Path, how: str) -> None:
     if how == "absent":
         root.rename(root.with_name("elsewhere"))
@@ -182,7 +203,7 @@ def test_a_wrong_number_of_classes_is_told(tmp_path: Path) -> None:
     ("options", "message"),
     [
         ({"corrupt": "ignore"}, "corrupt must be one of stop, skip; got 'ignore'"),
-        ({"decode_on": "gpu"}, "decode_on must be one of workers, device"),
+        ({"decode_on": "gpu"}, "decode_on must be one of auto, workers, device"),
         ({"policy": "ran"}, "did you mean 'rand'"),
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
         ({"test_batch_size": 0}, "test_batch_size must be at least 1, got 0"),
