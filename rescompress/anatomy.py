@@ -25,7 +25,8 @@ class Anatomy:
 
     Attributes:
         family: name of the family that wrote this, as `rescompress families` lists it
-        input_size: (height, width) in pixels of the image that the model was described with
+        input_size: (height, width) in pixels of the image that the described module was given
+        outer_size: that of the model's own example, where the host is inside it and gets an image of another size
         host: FQN of the module that the family describes: the empty name is the model itself, another one a backbone
             or an encoder inside it
         multiple: what the sides of a smaller grid must be multiples of, for maps that meet again after other strides
@@ -41,6 +42,12 @@ class Anatomy:
     refit: Refit | None = None
     restored: tuple[str, ...] = ()
     restored_sizes: tuple[Grid, ...] = ()
+    outer_size: Grid | None = None
+
+    @property
+    def example_size(self) -> Grid:
+        """(height, width) of the model's own example image."""
+        return self.outer_size or self.input_size
 
     @property
     def grid(self) -> Grid | None:

@@ -231,7 +231,7 @@ def _example(model: nn.Module, example_input: Any) -> tuple[tuple[Any, ...], dic
     if isinstance(record, Record) and record.folded:
         raise SpecError("this model has been folded for deployment; compress the model that it was folded from")
     if example_input is None:
-        size = record.anatomy.input_size if isinstance(record, Record) else None
+        size = record.anatomy.example_size if isinstance(record, Record) else None
         return default_args(model, size)
     return as_args(example_input)
 
@@ -247,7 +247,7 @@ def _anatomy_of(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
             # Precision asks for layers, not for a grid that could be made smaller.
             height, width = image_of(model, args, kwargs).shape[-2:]
             return Anatomy(family="any", input_size=(height, width))
-    size, recorded = tuple(image_of(model, args, kwargs).shape[-2:]), record.anatomy.input_size
+    size, recorded = tuple(image_of(model, args, kwargs).shape[-2:]), record.anatomy.example_size
     if size != recorded:
         raise SpecError(
             f"this {type(model).__name__} was compressed with an example of {recorded[0]} x {recorded[1]} pixels, got "

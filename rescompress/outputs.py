@@ -82,6 +82,11 @@ def compare_kinds(reference: Any, small: Any, image: torch.Size, kinds: str, nam
             )
         elif a.shape != b.shape and not any_number:
             messages.append(f"{kinds}: an output has shape {tuple(b.shape)} instead of {tuple(a.shape)}")
+        elif _may_be_places(a, image) and not any_number:
+            messages.append(
+                f"{kinds}: an output of shape {tuple(a.shape)} holds whole numbers; if they are places in a map, they "
+                "are those of the smaller map now, and must be scaled up"
+            )
         elif not a.is_meta and a.is_floating_point() and bool(a.isfinite().all()) and not bool(b.isfinite().all()):
             problem = "infinite or NaN values where the original has none"
     if problem is not None:
@@ -89,6 +94,12 @@ def compare_kinds(reference: Any, small: Any, image: torch.Size, kinds: str, nam
     if any(tensor.is_meta for tensor in old):
         messages.append(f"this {name} is on the meta device, so only shapes were checked, not values")
     return messages
+
+
+def _may_be_places(output: Tensor, image: torch.Size) -> bool:
+    """Whether an output may say where something is: whole numbers, several for each image, and no map of classes."""
+    whole = not output.is_floating_point() and not output.is_complex() and output.dtype != torch.bool
+    return whole and output.ndim >= 2 and output.shape[-2:] != image
 
 
 def refuse_empty_outputs(reference: Any, name: str) -> None:

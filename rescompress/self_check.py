@@ -90,8 +90,8 @@ def self_check(
             f"{kinds} would change nothing: the forward of this {name} never calls its module {idle[0]!r}, but reaches "
             "what it does in another way"
         )
-    if isinstance(anatomy, ConvAnatomy) and isinstance(smaller, ConvAnatomy):
-        _refuse_lost_positions(read_before, read_after, (anatomy.stem_grid, smaller.stem_grid), kinds, name)
+    if anatomy.grid is not None and smaller.grid is not None:
+        _refuse_lost_positions(read_before, read_after, (anatomy.grid, smaller.grid), kinds, name)
     # keep=1.0 is no step of zero reduction by its options, and yet reduces nothing. The cost of a detector hangs on how
     # many things it finds.
     counts = not are_detections(reference)
@@ -122,7 +122,7 @@ def _refuse_lost_positions(
     if found is not None:
         table, read, of = found
         raise UnsupportedModelError(
-            f"{kinds} would put the positions of this {name} in wrong places: on the smaller map it reads {read} of "
+            f"{kinds} would put the positions of this {name} in wrong places: on the smaller grid it reads {read} of "
             f"the {of} rows of {table!r} that it read before, where the table should be resampled; {_TO_A_FAMILY}"
         )
 

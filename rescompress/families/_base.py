@@ -152,8 +152,8 @@ def describe_parts(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
         # Where the forward of plain convolutions is bypassed, the fallback sees more: what is made of their maps.
         if not (first.bypassed and isinstance(known, ConvAnatomy) and known.refit is None):
             _warn_of_others(model, first, others)
-            image = image_of(model, args, kwargs)
-            return replace(inside(known, first.fqn), input_size=(int(image.shape[-2]), int(image.shape[-1])))
+            height, width = image_of(model, args, kwargs).shape[-2:]
+            return replace(inside(known, first.fqn), outer_size=(int(height), int(width)))
     for fallback in families():
         if not fallback.hosts:
             return fallback.describe(model, args, kwargs)

@@ -56,6 +56,7 @@ def part(module: str, spec: Spec, anatomy: Anatomy) -> dict[str, Any]:
         "module": module,
         "spec": spec.to_dict(),
         "input_size": list(anatomy.input_size),
+        "example_size": list(anatomy.example_size),
         "host": anatomy.host,
         "multiple": anatomy.multiple,
     }
@@ -80,5 +81,5 @@ def lines(spec: Spec, anatomy: Anatomy) -> tuple[str, ...]:
     """Return what the log says of the image processor: the resize happens inside the model."""
     if all(step.stage > Stage.RESOLUTION for step in spec):
         return ()
-    height, width = anatomy.input_size
+    height, width = anatomy.example_size
     return (f"image processor: goes on as before, the model is still given {height} x {width} pixels",)

@@ -1,6 +1,7 @@
 """The fallback for any other convolutional network: run it once on the meta device and watch who reads the image."""
 
 import inspect
+import warnings
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch.utils._pytree import tree_leaves
 
 from rescompress import surgery
 from rescompress.anatomy import ConvAnatomy, Grid, ImageReader
-from rescompress.errors import UnsupportedModelError
+from rescompress.errors import RescompressWarning, UnsupportedModelError
 from rescompress.families._base import Family, class_names
 from rescompress.families._probing import Call, Restored, Trace, Trial, trace
 from rescompress.layers.resize import Resize2d
@@ -17,6 +18,15 @@ from rescompress.layers.wrap import simplest_scale
 
 _REWRITES = ("fuse", "reparameterize", "switch_to_deploy")
 """Methods by which a block makes one convolution of itself."""
+
+_IN_PIXELS = {
+    "torchvision.models.optical_flow.raft.RAFT": "how far each pixel moves",
+    "transformers.models.superpoint.modeling_superpoint.SuperPointForKeypointDetection": "where key points are",
+    "transformers.models.efficientloftr.modeling_efficientloftr.EfficientLoFTRForKeypointMatching": (
+        "where key points are"
+    ),
+}
+"""Networks whose outputs are places, by no means that could be scaled with the map."""
 
 _LAST_CALLS = 12
 """How many of a dense network's last modules may be the one whose map comes back at its old size."""
@@ -30,6 +40,7 @@ def describe(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     Raises:
         UnsupportedModelError: the model does not run, has no convolution, or itself reads the image in several places.
     """
+    _refuse_pixels(model)
     found = trace(model, args, kwargs)
     readers = list(dict.fromkeys(call.fqn for call in found.readers))
     if not readers:
@@ -40,6 +51,11 @@ def describe(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     stem = _stem(model, found, readers)
     stem = None if stem is None else _rewritten_block(model, found, stem)
     call = next((call for call in found.calls if call.fqn == stem), None)
+    if any(other.fqn == stem and not other.reads_image for other in found.calls):
+        raise UnsupportedModelError(
+            f"the first convolution of this {class_names(model)[0]}, {stem!r}, runs again on maps made of its own: "
+            "a resize in it would come each time; compress a model whose first convolution is its own"
+        )
     if stem is None or call is None or call.made is None:
         return _several_branches(model, found, readers)
     grid = _grid(call.made)
@@ -57,6 +73,16 @@ def describe(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     )
 
 
+def _refuse_pixels(model: nn.Module) -> None:
+    for module in model.modules():
+        what = next((_IN_PIXELS[name] for name in class_names(module) if name in _IN_PIXELS), None)
+        if what is not None:
+            raise UnsupportedModelError(
+                f"{type(module).__name__} gives {what}, in pixels of the maps that it computes on: on smaller ones its "
+                "numbers would be too small; give it smaller images, and scale them up"
+            )
+
+
 def _stem(model: nn.Module, found: Trace, readers: list[str]) -> str | None:
     """Return the convolution that reads the image, or the block around all that do; None where there is none."""
     if len(readers) == 1:
@@ -67,7 +93,16 @@ def _stem(model: nn.Module, found: Trace, readers: list[str]) -> str | None:
     # Others may read it in another size or a part of it: a crop, an edge map. Whether that fits, compress tries.
     first = found.readers[0]
     same = {call.fqn for call in found.readers if call.source is first.source}
-    return first.fqn if len(same) == 1 else None
+    if len(same) > 1:
+        return None
+    others = ", ".join(repr(fqn) for fqn in readers if fqn != first.fqn)
+    warnings.warn(
+        f"this {type(model).__name__} reads images in {len(readers)} convolutions, and only the map of {first.fqn!r} "
+        f"is made smaller; what reads another image, or another part of it, stays as it is: {others}",
+        RescompressWarning,
+        stacklevel=7,  # who calls compress
+    )
+    return first.fqn
 
 
 def _several_branches(model: nn.Module, found: Trace, readers: list[str]) -> ConvAnatomy:

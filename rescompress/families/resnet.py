@@ -14,20 +14,22 @@ from rescompress.families._base import Family, class_names, image_of
 from rescompress.families._probing import side_multiple
 
 
+def knows(model: nn.Module) -> bool:
+    """Whether the first convolution is where ResNets have it; a stem that was built anew is left to the probe."""
+    return _stem(model) is not None or _is_quantized(model)
+
+
 def describe(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ConvAnatomy:
     """Find the first convolution by name: `conv1`, or the first one inside it when the stem is deep."""
-    stem = surgery.get(model, "conv1")
-    if any(".quantized" in kind for kind in class_names(stem)):
+    fqn = _stem(model)
+    if fqn is None:
         raise UnsupportedModelError(
-            f"this {type(model).__name__} is quantized already: its conv1 is a {class_names(stem)[0]}; compress the "
-            "float model (torchvision: quantize=False), with Quantize as the last step for integers"
+            f"this {type(model).__name__} is quantized already: its conv1 is a "
+            f"{class_names(surgery.get(model, 'conv1'))[0]}; compress the float model (torchvision: quantize=False), "
+            "with Quantize as the last step for integers"
         )
-    fqn = "conv1" if isinstance(stem, nn.Conv2d) else "conv1.0"
-    conv = surgery.get(model, fqn)
-    if not isinstance(conv, nn.Conv2d):
-        raise UnsupportedModelError(f"{fqn!r} of {type(model).__name__} is a {type(conv).__name__}, not a convolution")
     height, width = image_of(model, args, kwargs).shape[-2:]
-    grid = surgery.output_grid(conv, (height, width))
+    grid = surgery.output_grid(surgery.get(model, fqn), (height, width))
     return ConvAnatomy(
         family=FAMILY.name,
         input_size=(height, width),
@@ -38,10 +40,20 @@ def describe(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     )
 
 
+def _stem(model: nn.Module) -> str | None:
+    modules = dict(model.named_modules())
+    return next((fqn for fqn in ("conv1", "conv1.0") if isinstance(modules.get(fqn), nn.Conv2d)), None)
+
+
+def _is_quantized(model: nn.Module) -> bool:
+    return any(".quantized" in kind for kind in class_names(getattr(model, "conv1", None)))
+
+
 FAMILY = Family(
     name="resnet",
     summary="ResNets of timm and torchvision, deep stems too",
     methods=("stem_resize", "input_resize", "quantize"),
     hosts=("timm.models.resnet.ResNet", "torchvision.models.resnet.ResNet"),
     describe=describe,
+    knows=knows,
 )

@@ -19,7 +19,6 @@ from rescompress.layers.detection import FillToKernel, ScaledAnchors, ScaledDefa
 from rescompress.layers.resize import ResizedConv2d
 
 SSD = "torchvision.models.detection.ssd.SSD"
-FLOW = "torchvision.models.optical_flow.raft.RAFT"
 ANCHORS = "torchvision.models.detection.anchor_utils.AnchorGenerator"
 DEFAULT_BOXES = "torchvision.models.detection.anchor_utils.DefaultBoxGenerator"
 REGIONS = "torchvision.ops.poolers.MultiScaleRoIAlign"
@@ -39,11 +38,6 @@ class DetectorAnatomy(ConvAnatomy):
 def describe(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> DetectorAnatomy:
     """Find the stem by a run of the detector, and the stride of its maps by one of its backbone."""
     host: Any = model
-    if FLOW in class_names(model):
-        raise UnsupportedModelError(
-            f"{type(model).__name__} gives how far each pixel moves, in pixels of the maps that it computes on: on "
-            "smaller ones its numbers would be too small; give it smaller images, and scale the flow up"
-        )
     probed = convolutional.describe(model, args, kwargs)
     divisible = int(host.transform.size_divisible)
     generator = _generator(host)
@@ -118,7 +112,6 @@ FAMILY = Family(
         "torchvision.models.detection.retinanet.RetinaNet",
         "torchvision.models.detection.fcos.FCOS",
         SSD,
-        FLOW,  # to be refused
     ),
     describe=describe,
 )

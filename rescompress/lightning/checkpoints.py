@@ -127,6 +127,11 @@ class LastCheckpoint(ModelCheckpoint):
             enable_version_counter=False,
         )
 
+    @property
+    def state_key(self) -> str:
+        """Name of its state in a checkpoint: the same whatever the interval, so that a resumed run may change it."""
+        return type(self).__qualname__
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take a resumed run's step as saved: else it is again, behind a batch whose gradient waits for the others."""
         super().on_train_start(trainer, pl_module)
@@ -196,7 +201,7 @@ def is_dry(trainer: Any) -> bool:
 def _parts(module: nn.Module) -> dict[str, Any]:
     records = {name: getattr(one, "_rescompress", None) for name, one in module.named_modules()}
     return {
-        name: {"spec": record.spec.to_dict(), "input_size": list(record.anatomy.input_size)}
+        name: {"spec": record.spec.to_dict(), "input_size": list(record.anatomy.example_size)}
         for name, record in records.items()
         if isinstance(record, Record)
     }

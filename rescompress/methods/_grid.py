@@ -36,6 +36,22 @@ def follow(model: nn.Module, anatomy: Anatomy, grid: Grid) -> None:
     for index, fqn in enumerate(anatomy.restored):
         size = anatomy.restored_sizes[index] if anatomy.restored_sizes else None
         surgery.restore_map(model, fqn, anatomy.grid, grid, size, anatomy.multiple)
+    _tell_reductions(model, anatomy.grid[0] / grid[0])
+
+
+def _tell_reductions(model: nn.Module, factor: float) -> None:
+    """Let timm's list of features say how many pixels of the given image their positions stand for now."""
+    entries: dict[int, dict[str, object]] = {}
+    for module in model.modules():
+        listed = vars(module).get("feature_info")
+        listed = getattr(listed, "info", listed)
+        if isinstance(listed, list | tuple):
+            entries.update((id(entry), entry) for entry in listed if isinstance(entry, dict))
+    for entry in entries.values():
+        reduction = entry.get("reduction")
+        if isinstance(reduction, int | float):
+            scaled = reduction * factor
+            entry["reduction"] = round(scaled) if abs(scaled - round(scaled)) < 1e-6 else scaled
 
 
 def can_express(anatomy: ViTAnatomy, grid: Grid) -> bool:
@@ -139,19 +155,20 @@ def put_in_front(model: nn.Module, fqn: str, kind: str, resize: nn.Module) -> No
 
 
 def resize_given_patches(
-    model: nn.Module, anatomy: ViTAnatomy, scale: float, patch: int, mode: str = "bilinear", antialias: bool = True
+    model: nn.Module, anatomy: ViTAnatomy, scale: float, patch: int, how: tuple[str, bool] | None = None
 ) -> ViTAnatomy:
     """Resize images that enter as patches by the scale of their grids, cut patches of this side, return the anatomy.
 
-    The host resamples its position embedding for every image.
+    The host resamples its position embedding for every image. `how` is the mode and whether it is antialiased, by
+    default as an earlier step says.
     """
     host = surgery.get(model, anatomy.host)
     earlier = {key: hook for key, hook in host._forward_pre_hooks.items() if isinstance(hook, ResizedPatches)}
-    given, before = anatomy.patch_size[0], 1.0
+    given, before, usual = anatomy.patch_size[0], 1.0, ("bilinear", True)
     for key, hook in earlier.items():
-        given, before = hook.given, hook.scale
+        given, before, usual = hook.given, hook.scale, (hook.mode, hook.antialias)
         del host._forward_pre_hooks[key], host._forward_pre_hooks_with_kwargs[key]
-    resize = ResizedPatches(given, patch, before * scale, mode, antialias)
+    resize = ResizedPatches(given, patch, before * scale, *(how or usual))
     host.register_forward_pre_hook(resize, with_kwargs=True)
     shape = cells(anatomy.input_size, (given, given))
     # Not on the meta device, under which transformers loads models.

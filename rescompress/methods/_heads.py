@@ -7,12 +7,16 @@ from torch import nn
 from rescompress import surgery
 from rescompress.anatomy import ViTAnatomy
 from rescompress.errors import RescompressWarning
-from rescompress.layers.adopt import class_name
+from rescompress.layers.adopt import class_name, host_class
 
 TOKEN = "prefix tokens only"
 MEAN = "the mean of the patch tokens"
 ALL = "all tokens, in another way"
 UNKNOWN = "unknown"
+
+_LIBRARIES = ("timm", "torchvision", "transformers", "mmseg", "torch")
+_READERS = {"forward", "forward_head", "pool"}
+"""Methods of hosts that read the tokens behind the last block."""
 
 _OWN = "as the host inside says"
 _MODELS = "transformers.models."
@@ -47,9 +51,11 @@ def reading_of(model: nn.Module, anatomy: ViTAnatomy) -> str:
     """Return what is read of the tokens behind the last block: TOKEN, MEAN, ALL or UNKNOWN.
 
     UNKNOWN is a host inside a model of an unknown class that is given the host's tokens, not what the host made of
-    them.
+    them, and a host whose class somebody has derived from a library's to read them in another way.
     """
     own = ALL if anatomy.pools_all else MEAN if anatomy.mean_pooled else TOKEN
+    if _reads_in_its_own_way(surgery.get(model, anatomy.host)):
+        own = UNKNOWN
     if not anatomy.host:
         return own
     path = anatomy.host.split(".")
@@ -63,13 +69,22 @@ def reading_of(model: nn.Module, anatomy: ViTAnatomy) -> str:
     return UNKNOWN if gives_tokens else own
 
 
+def _reads_in_its_own_way(host: nn.Module) -> bool:
+    for base in host_class(host).__mro__:
+        if base.__module__.partition(".")[0] in _LIBRARIES:
+            return False
+        if not _READERS.isdisjoint(vars(base)):
+            return True
+    return False
+
+
 def warn_of_readers(model: nn.Module, anatomy: ViTAnatomy, reading: str) -> None:
     """Name what is not weighed, or is not where it was, and cannot be put right from inside the model."""
     host = class_name(surgery.get(model, anatomy.host) if anatomy.host else model)
     if reading == UNKNOWN:
         warnings.warn(
-            f"token_merge: {class_name(model)} is given the tokens of {host}, fewer than before, and it is not known "
-            "what it does with them: a merged token counts once there, not as often as the patches it stands for, so "
+            f"token_merge: {class_name(model)} reads the tokens of {host}, fewer than before, in a way that is not "
+            "known: a merged token counts once there, not as often as the patches it stands for, so "
             "a mean over the tokens is not the mean over the patches; train on, or use token_pool, whose tokens all "
             "stand for equally many",
             RescompressWarning,

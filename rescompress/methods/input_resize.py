@@ -136,7 +136,7 @@ class InputResize(Step):
                 "fits them; give a scale"
             )
         antialias = self._resize((1.0, 1.0), None).antialias
-        made = resize_given_patches(model, anatomy, self.scale, anatomy.patch_size[0], self.mode, antialias)
+        made = resize_given_patches(model, anatomy, self.scale, anatomy.patch_size[0], (self.mode, antialias))
         warn_if_not_reached(self.kind, self.scale, anatomy.grid or (0, 0), made.grid or (0, 0))
         return made
 

@@ -1,6 +1,7 @@
 """Checkpoints rebuild the compressed model, say how it was compressed, and survive a full disk."""
 
 import resource
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -178,3 +179,14 @@ def test_last_is_written_between_epochs_and_at_their_ends(tmp_path: Path) -> Non
     with pytest.raises(Stopped):
         trainer(Stop(1, str(tmp_path / "m")), LastCheckpoint(str(tmp_path / "n"))).fit(module, datamodule=Tiny())
     assert not (tmp_path / "n").exists()
+
+
+def test_a_resumed_run_may_write_at_another_interval(tmp_path: Path) -> None:
+    module = Classifier(TINY, num_classes=4, input_size=32)
+    trainer(LastCheckpoint(str(tmp_path), 2), limit_train_batches=2).fit(module, datamodule=Tiny())
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        run = trainer(LastCheckpoint(str(tmp_path), 3), max_epochs=2)
+        run.fit(module, datamodule=Tiny(), ckpt_path=tmp_path / "last.ckpt")
+    # Lightning says so of callbacks whose state is in the checkpoint and that it does not find again.
+    assert not [one for one in said if "LastCheckpoint" in str(one.message)]

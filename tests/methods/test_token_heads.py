@@ -140,7 +140,7 @@ class Mean(nn.Module):
 )
 def test_a_reader_that_is_not_known_is_named(tower: Callable[[], nn.Module]) -> None:
     model = Mean(randomize(tower())).eval()
-    with pytest.warns(rc.RescompressWarning, match=r"Mean is given the tokens of .*a merged token counts once there"):
+    with pytest.warns(rc.RescompressWarning, match=r"Mean reads the tokens of .*a merged token counts once there"):
         rc.compress(model, rc.TokenMerge(r=1), example_input=two_patches())
 
 
