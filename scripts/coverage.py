@@ -105,6 +105,8 @@ def examine(subject: Subject, methods: tuple[str, ...], meta: bool) -> Iterator[
             result |= {"outcome": "works", "detail": small._rescompress.log[0]}
             if method != "quantize":  # MACs are counted before precision steps
                 result["macs_after"] = macs(small, example)
+                if result["macs_after"] >= before:
+                    result |= {"outcome": "failed", "detail": "it costs no less than the original"}
             done[rc.spec_of(small)] = result
         except rc.RescompressError as error:
             result |= {"outcome": "refused", "detail": str(error)}

@@ -238,6 +238,11 @@ def _build_torchvision(name: str, **options: Any) -> nn.Module:
     given = {"weights": None, **({"weights_backbone": None} if dense else {}), **options}
     if name in _names_of("torchvision.models.detection") and not name.startswith("ssd"):
         given |= {"min_size": 256, "max_size": 341}
+    if "rcnn" in name:
+        # Their heads run on every region found, and random weights find any number: the same number, then, whatever
+        # the maps, or the counts could not be compared.
+        given |= {"rpn_post_nms_top_n_test": 50, "rpn_nms_thresh": 1.0}
+        given |= {"box_score_thresh": 0.0, "box_nms_thresh": 1.0, "box_detections_per_img": 20}
     if name in ("googlenet", "inception_v3"):
         given.setdefault("init_weights", False)  # its own initialisation takes a minute
     model: nn.Module = torchvision.models.get_model(name, **given)

@@ -4,6 +4,7 @@ import copy
 import json
 import pickle
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ import rescompress as rc
 from rescompress.errors import InputError, SpecError, UnsupportedModelError
 from rescompress.families import describe
 from rescompress.measure.macs import count_macs
+from rescompress.self_check import apply_steps
+from rescompress.surgery import clone_shared
 
 try:
     import mmseg
@@ -109,6 +112,10 @@ OTHERS = {
     "vit/vit_deit-s16_upernet_8xb2-160k_ade20k-512x512": "patch_resize",
 }
 """Architectures that mmseg ships configs of for other data sets."""
+
+
+NOT_EXPORTED: dict[str, str] = {}
+"""Architectures that torch.export does not take before anything is done to them, and what it says."""
 
 
 @pytest.fixture
@@ -213,6 +220,34 @@ def leaves(outputs: Any) -> list[torch.Tensor]:
     return [one for one in torch.utils._pytree.tree_leaves(outputs) if isinstance(one, torch.Tensor)]
 
 
+def check_identity(model: nn.Module, small: nn.Module, images: torch.Tensor) -> None:
+    """The steps that were taken, at zero reduction, change nothing."""
+    same = clone_shared(model)
+    anatomy = replace(describe(model, (images,)), multiple=small._rescompress.anatomy.multiple)
+    apply_steps(same, rc.spec_of(small).identity(), anatomy)
+    same_outputs(same, model, images, 1e-6)
+
+
+def check_export(name: str, model: nn.Module, small: nn.Module, images: torch.Tensor) -> None:
+    """A program of torch.export computes the same; where there is none, the original has none either."""
+    if name in NOT_EXPORTED:
+        with pytest.raises(Exception):  # noqa: B017  whatever torch.export raises on a foreign model
+            torch.export.export(model, (images,))
+        return
+    same_outputs(torch.export.export(small, (images,)).module(), small, images, 1e-5)
+
+
+def same_outputs(one: nn.Module, other: nn.Module, images: torch.Tensor, share: float) -> None:
+    """Compare what two models give; they may be apart by a share of the largest value."""
+    found = []
+    for model in (one, other):
+        torch.manual_seed(0)  # SegNeXt's head starts from random numbers in each call
+        with torch.no_grad():
+            found.append(leaves(model(images)))
+    for new, old in zip(*found, strict=True):
+        torch.testing.assert_close(new, old, rtol=0, atol=share * float(old.abs().max()))
+
+
 def check(name: str, kind: str, size: tuple[int, int]) -> None:
     """Everything that is promised of one architecture."""
     model = built(name, size)
@@ -231,6 +266,8 @@ def check(name: str, kind: str, size: tuple[int, int]) -> None:
         torch.manual_seed(0)  # SegNeXt's head starts from random numbers in each call
         new = leaves(small(images))
     assert [one.shape for one in new] == [one.shape for one in old]
+    check_identity(model, small, images)
+    check_export(name, model, small, images)
 
     assert list(small.state_dict()) == list(before)
     torch.testing.assert_close(dict(model.state_dict()), before, rtol=0, atol=0)

@@ -7,6 +7,7 @@ import torch
 from torch.nn import functional as F
 
 import rescompress as rc
+from rescompress.measure import count_macs
 from tests.zoo import randomize
 
 hf = pytest.importorskip("transformers", minversion="5")
@@ -117,6 +118,7 @@ def test_each_image_comes_out_as_if_it_were_alone(step):
 
 
 def test_larger_patches_are_those_that_the_processor_would_cut():
+    """And their kernel is the old one's, larger: on an image without detail they read what the old ones did."""
     model, pictures = tower(), images()
     small = rc.compress(model, rc.PatchResize(patch_size=2 * SIDE))
     bare = copy.deepcopy(small)
@@ -124,6 +126,10 @@ def test_larger_patches_are_those_that_the_processor_would_cut():
     bare._forward_pre_hooks_with_kwargs.clear()
     expected = run(bare, given(pictures, length=9, side=2 * SIDE))
     assert torch.equal(run(small, given(pictures)).pooler_output, expected.pooler_output)
+    colours = torch.randn(3, generator=torch.Generator().manual_seed(2))
+    plain = colours.repeat(SIDE * SIDE), colours.repeat(4 * SIDE * SIDE)
+    old, new = (one.embeddings.patch_embedding(x) for one, x in zip((model, small), plain, strict=True))
+    torch.testing.assert_close(new, old, rtol=1e-4, atol=1e-4)
 
 
 def test_smaller_images_are_those_that_a_loader_would_resize():
@@ -146,11 +152,15 @@ def test_odd_and_long_images_fit(shape, becomes):
     assert out.pooler_output.isfinite().all()
 
 
-def test_cost_falls_as_the_number_of_patches():
-    model, example = tower(), given(images())
-    small = rc.compress(model, scale=0.5, example_input=example)
-    assert run(model, example).last_hidden_state.shape == (4, 36, 16)
-    assert run(small, example).last_hidden_state.shape == (4, 9, 16)
+def test_cost_is_that_of_the_tower_for_larger_or_for_fewer_patches():
+    example = given(images())
+    halved = [image[:, ::2, ::2] for image in images()]
+    for step, side, fewer in (
+        (STEPS["patch_resize"], 2 * SIDE, given(images(), length=9, side=2 * SIDE)),
+        (STEPS["input_resize"], SIDE, given(halved, length=9)),
+    ):
+        other = hf.Siglip2VisionModel(hf.Siglip2VisionConfig(**VISION | {"patch_size": side}))
+        assert count_macs(rc.compress(tower(), step), example).macs == count_macs(other, fewer).macs
 
 
 def test_a_third_of_the_scale_is_reached_by_rounding_in_one_direction():
@@ -219,13 +229,18 @@ def test_twice():
     assert len(twice._forward_pre_hooks) == 1
     assert run(twice, given(images())).last_hidden_state.shape[1] == 1
     assert run(once, given(images())).last_hidden_state.shape[1] == 9
+    spec = rc.Spec.of(rc.InputResize(scale=0.5, mode="nearest"), rc.PatchResize(scale=1 / 3))
+    (hook,) = rc.compress(tower(), spec)._forward_pre_hooks.values()
+    assert (hook.mode, hook.antialias) == ("nearest", False)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(dtype):
-    small, example = rc.compress(tower(), scale=0.5).to(dtype), given(images())
-    example["pixel_values"] = example["pixel_values"].to(dtype)
-    assert run(small, example).pooler_output.dtype == dtype
+    small, example = rc.compress(tower(), scale=0.5), given(images())
+    whole = run(small, example).pooler_output
+    low = run(small.to(dtype), example | {"pixel_values": example["pixel_values"].to(dtype)}).pooler_output
+    assert low.dtype == dtype
+    assert (low.float() - whole).abs().max() < 16 * torch.finfo(dtype).eps * whole.abs().max()
 
 
 def test_the_real_processor():

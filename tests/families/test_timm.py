@@ -3,8 +3,10 @@
 By default those in QUICK, one of each kind; `pytest -m slow tests/families/test_timm.py` tests the others.
 """
 
+import contextlib
 import copy
 import importlib
+import math
 import warnings
 from dataclasses import dataclass, replace
 from typing import Any
@@ -244,3 +246,37 @@ def test_exports(pair: Pair) -> None:
         return
     program = torch.export.export(pair.small, (pair.x,))
     assert_same(run(program.module(), pair.x), pair.found, 1e-5)
+
+
+def test_batches_of_one_and_of_none(pair: Pair) -> None:
+    assert_same(run(pair.small, pair.x[:1]), [tensor[:1] for tensor in pair.found], 1e-4)
+    with contextlib.suppress(RuntimeError, ValueError, ZeroDivisionError):  # not every original takes it
+        expected = run(pair.original, pair.x[:0])
+        assert [tensor.shape[0] for tensor in run(pair.small, pair.x[:0])] == [tensor.shape[0] for tensor in expected]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision(pair: Pair, dtype: torch.dtype) -> None:
+    """The reduced model loses as much by it as the original does."""
+    lost = []
+    for model, whole in ((pair.original, pair.expected), (pair.small, pair.found)):
+        low = run(copy.deepcopy(model).to(dtype), pair.x.to(dtype))
+        assert all(tensor.dtype == dtype for tensor in low)
+        apart = [(a.float() - b).abs().max() / b.abs().max() for a, b in zip(low, whole, strict=True)]
+        lost.append(float(max(apart)))
+    if not math.isfinite(lost[0]):
+        pytest.skip("the original overflows")
+    assert lost[1] < max(4 * lost[0], 16 * torch.finfo(dtype).eps)
+
+
+def test_images_of_another_shape(pair: Pair) -> None:
+    """Twice as wide: what the original takes, the reduced model takes."""
+    side = pair.x.shape[-1]
+    other = pair.x.new_empty(1, 3, side, 2 * side).normal_(generator=torch.Generator().manual_seed(3))
+    try:
+        expected = run(pair.original, other)
+    except (RuntimeError, ValueError, AssertionError, IndexError):
+        pytest.skip("the original takes images of one shape")
+    found = run(pair.small, other)
+    assert [tensor.ndim for tensor in found] == [tensor.ndim for tensor in expected]
+    assert all(bool(tensor.isfinite().all()) for tensor in found)
