@@ -90,7 +90,9 @@ def self_check(
             f"{kinds} would change nothing: the forward of this {name} never calls its module {idle[0]!r}, but reaches "
             "what it does in another way"
         )
-    if anatomy.grid is not None and smaller.grid is not None:
+    # Pooled tokens read the entries of a table for the distances of their windows, and so fewer of them.
+    pools = any(step.stage == Stage.TOKENS for step in spec)
+    if anatomy.grid is not None and smaller.grid is not None and not pools:
         _refuse_lost_positions(read_before, read_after, (anatomy.grid, smaller.grid), kinds, name)
     # keep=1.0 is no step of zero reduction by its options, and yet reduces nothing. The cost of a detector hangs on how
     # many things it finds.

@@ -25,7 +25,8 @@ on {date}, Python {python}, {versions}.
 
 Weights are random: the matrix proves that outputs are the original's at zero reduction, that the model runs at the
 reduced size and that cost falls, never accuracy. {values} of {models} models were compared in values; the others, which
-are too large for that, in shapes on the meta device.
+are too large for that, in shapes on the meta device. The heads of R-CNNs run on 50 regions and 20 things found, before
+and after; with trained weights their cost hangs on the image.
 
 The steps: `scale=0.5` is what `compress(model, scale=0.5)` does; stem_resize, input_resize and patch_resize have
 `scale=0.5`; token_pool a stride of 2 after half of the blocks; token_merge `keep=0.5`; quantize is w8, whose MACs are

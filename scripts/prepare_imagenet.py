@@ -11,18 +11,19 @@ import argparse
 import sys
 from pathlib import Path
 
-import torch
-
 from rescompress.errors import InputError
 from rescompress.lightning.data import ImageFolders, ImageShards
 from rescompress.lightning.data.check import report
 from rescompress.lightning.data.shard_files import write_index, write_shards
+from rescompress.lightning.data.shards import INFO, named_classes
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Check, count and report a folder of images or shards.")
     parser.add_argument("root", type=Path)
-    parser.add_argument("--classes", type=int, help="expected number of classes; for shards 1000 if not given")
+    parser.add_argument(
+        "--classes", type=int, help="expected number of classes; for shards that of classes.txt, or 1000, if not given"
+    )
     parser.add_argument(
         "--counts", action="store_true", help="number of images of each class, or samples of each shard"
     )
@@ -32,11 +33,17 @@ def main() -> None:
     parser.add_argument("--write-shards", type=Path, metavar="OUT")
     parser.add_argument("--images-per-shard", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0, help="of the order in which images are written to shards")
+    parser.add_argument(
+        "--corrupt", choices=("stop", "skip"), default="stop", help="leave files that cannot be read out of the shards"
+    )
     options = parser.parse_args()
     try:
+        packed = options.index or (options.root / INFO).exists()
+        if packed and options.write_shards is not None:
+            raise InputError(f"--write-shards makes shards of folders of images, and {options.root} is of shards")
         if options.index:
             print(f"wrote {write_index(options.root)}")
-        if not options.index and not (options.root / "_info.json").exists():
+        if not packed:
             folders = ImageFolders(
                 str(options.root), num_classes=options.classes, corrupt="skip", workers=options.workers
             )
@@ -44,25 +51,26 @@ def main() -> None:
             if options.write_shards is None:
                 return
             shard(folders, options)
-            options.root, options.classes = options.write_shards, folders.num_classes
-        shards = ImageShards(
-            str(options.root), num_classes=options.classes or 1000, corrupt="skip", workers=options.workers
-        )
+            options.root = options.write_shards
+        classes = options.classes or len(named_classes(options.root)) or 1000
+        shards = ImageShards(str(options.root), num_classes=classes, corrupt="skip", workers=options.workers)
         print(report(shards, counts=options.counts, decode=options.decode))
     except InputError as error:
         sys.exit(f"error: {error}")
 
 
 def shard(folders: ImageFolders, options: argparse.Namespace) -> None:
-    out = options.write_shards
-    for split in ("train", "val"):
-        files, labels = folders.listed(split)
-        # Streams are shuffled within a buffer only: classes must not follow each other in the shards.
-        order = torch.randperm(len(files), generator=torch.Generator().manual_seed(options.seed)).tolist()
-        target = out / split / f"imagenet-{split}"
-        write_shards(options.root, files, labels, order, target, options.images_per_shard)
-    (out / "classes.txt").write_text("\n".join(folders.class_names) + "\n")
-    print(f"wrote {write_index(out)}")
+    left_out = write_shards(
+        folders,
+        options.write_shards,
+        images_per_shard=options.images_per_shard,
+        seed=options.seed,
+        corrupt=options.corrupt,
+    )
+    print(f"wrote {options.write_shards / INFO}")
+    if left_out:
+        print(f"{len(left_out)} file(s) cannot be read and were left out:")
+        print("\n".join(f"  {name}: {reason}" for name, reason in sorted(left_out.items())))
 
 
 if __name__ == "__main__":

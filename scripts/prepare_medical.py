@@ -1,12 +1,13 @@
 # Checks and counts MedMNIST before a run starts.
 #
-#     python scripts/prepare_medical.py ROOT                               # pathmnist.npz
+#     python scripts/prepare_medical.py ROOT                               # pathmnist.npz, of 28 pixels
+#     python scripts/prepare_medical.py ROOT --sizes 224                   # pathmnist_224.npz, which the recipes read
 #     python scripts/prepare_medical.py ROOT --sizes 28 64 224 --counts    # files of these sizes; images of each class
 #     python scripts/prepare_medical.py ROOT --sizes 224 --unpack          # arrays that need not fit in memory
 #     python scripts/prepare_medical.py ROOT --name bloodmnist
 #
-# The files come from `python -m medmnist download --root=ROOT --size=28`. The exit status is 1, and the message shows
-# the expected tree, where something is wrong.
+# The files come from `python -m medmnist download --root=ROOT --size=224`, those of other sizes likewise. The exit
+# status is 1, and the message shows the expected tree, where something is wrong.
 
 import argparse
 import sys
@@ -21,7 +22,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Check, count and report files of MedMNIST.")
     parser.add_argument("root")
     parser.add_argument("--name", default="pathmnist")
-    parser.add_argument("--sizes", type=int, nargs="+", default=[28], choices=SIZES)
+    parser.add_argument(
+        "--sizes", type=int, nargs="+", default=[28], choices=SIZES, help="of the files that are read; 28 if not given"
+    )
     parser.add_argument("--counts", action="store_true", help="number of images of each class")
     parser.add_argument("--unpack", action="store_true", help="write the arrays as .npy beside the npz files")
     options = parser.parse_args()

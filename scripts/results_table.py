@@ -12,17 +12,17 @@ import statistics
 import sys
 from collections import defaultdict
 from pathlib import Path
-from typing import Any
 
 from rescompress.errors import InputError
 from rescompress.lightning.results import FILE, Result
+from rescompress.measure.report import format_bytes
 
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
 SCORES = ("test/accuracy", "test/miou")
 SAME = (
-    r"--config|-c|--seed_everything|--folder|--ckpt_path|--checkpoint_every",
-    r"--(data|model)(\.init_args)?\.(root|workers|initial_weights)",
+    r"--config|-c|--seed_everything|--folder|--checkpoint_every",
+    r"--data(\.init_args)?\.(root|workers)",
     r"--trainer\.(logger|enable_.*|accelerator)",
 )
 """Options that do not change what is trained, as patterns."""
@@ -109,8 +109,13 @@ def with_tables(text: str, made: str) -> str:
 
 def tables(done: list[Result], folder: Path) -> str:
     """Return a table of scores and one of circumstances for each recipe, and the matrix of sizes where there is one."""
-    parts = []
     all_rows = groups(done)
+    parts = []
+    if any(result.cost.get("memory_how") == "VmHWM" for result in done):
+        parts.append(
+            "On a CPU, the training peak is what training added to the memory of the process: the highest minus that "
+            "before the first step (`VmHWM` minus `start_bytes`)."
+        )
     for recipe in sorted({result.recipe for result in done}):
         rows = {config: runs for (of, config), runs in all_rows.items() if of == recipe}
         parts.append(f"## {recipe}\n\n{_scores(rows)}\n\n{_matrix(rows, folder, recipe)}{_circumstances(rows)}")
@@ -135,7 +140,7 @@ def _scores(rows: dict[str, list[Result]]) -> str:
                 "" if first.macs is None else f"{first.macs / 1e9:.4g}",
                 f"{first.parameters / 1e6:.3f} M",
                 _median(runs, "step_ms", "{:.0f} ms"),
-                _median(runs, "training_peak_bytes", "{:.2f} GB", 1e-9),
+                _training_peak(runs),
                 _median(runs, "inference_images_per_s", "{:.0f}"),
                 _median(runs, "waited_share", "{:.1f} %", 100),
                 f"{statistics.median(run.seconds for run in runs) / 60:.1f}",
@@ -154,6 +159,20 @@ def _score(result: Result, split: str = "test/") -> float | None:
     """Return accuracy or mean IoU of the test, in [0, 1]."""
     names = (name.replace("test/", split) for name in SCORES)
     return next((value for name in names if (value := result.metrics.get(name)) is not None), None)
+
+
+def _training_peak(runs: list[Result]) -> str:
+    """Return what training took: on a CPU, without the libraries that the process held before."""
+    values = []
+    for run in runs:
+        peak, start, how = (run.cost.get(name) for name in ("training_peak_bytes", "start_bytes", "memory_how"))
+        if peak is None or how == "ru_maxrss":  # the highest since the process began, whatever it did
+            continue
+        if how != "VmHWM":
+            values.append(peak)
+        elif start is not None:
+            values.append(peak - start)
+    return format_bytes(statistics.median(values)) if values else ""
 
 
 def _median(runs: list[Result], column: str, shown: str, factor: float = 1) -> str:
@@ -226,13 +245,17 @@ def _circumstances(rows: dict[str, list[Result]]) -> str:
     table = []
     for config, runs in rows.items():
         run = runs[0]
-        table.append([config, f"`{run.command}`", _hardware(run.hardware), _versions(run.versions), run.date[:10]])
+        table.append([config, f"`{run.command}`", _hardware(run), _versions(run.versions), run.date[:10]])
     return _markdown(head, table)
 
 
-def _hardware(found: dict[str, Any]) -> str:
+def _hardware(run: Result) -> str:
+    """Return what a run was trained on, each process having one device."""
+    found = run.hardware
     name = found.get("gpu") or f"{found.get('cpu')}, {found.get('threads')} of {found.get('cores')} cores"
-    return str(name)
+    machines = found.get("machines") or 1
+    many = f"{run.processes} x " if run.processes > 1 else ""
+    return f"{many}{name}{f', on {machines} machines' if machines > 1 else ''}"
 
 
 def _versions(found: dict[str, str]) -> str:

@@ -17,19 +17,23 @@ class TableReads(TorchDispatchMode):
     Tables are followed by storage, through views and through operators that read nothing but tables.
 
     Attributes:
+        shapes: of the tables themselves
         sizes: by table, every length that it, or what is made of it alone, has along some dimension
         parts: by table and length, numbers of rows that were read where they are fewer than all
     """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self.shapes: dict[str, torch.Size] = {}
         self.sizes: dict[str, set[int]] = {}
         self.parts: dict[tuple[str, int], set[int]] = {}
         self._names: dict[StorageWeakRef, str] = {}
         for fqn, tensor in [*model.named_parameters(), *model.named_buffers()]:
             if type(tensor) in (Tensor, nn.Parameter) and tensor.is_floating_point():
                 # By the name that it has in the state dict, whatever wraps its owner.
-                self._mark(tensor, ".".join(part for part in fqn.split(".") if part != "inner"))
+                name = ".".join(part for part in fqn.split(".") if part != "inner")
+                self.shapes[name] = tensor.shape
+                self._mark(tensor, name)
 
     def _mark(self, tensor: Tensor, name: str) -> None:
         self._names[StorageWeakRef(tensor.untyped_storage())] = name
@@ -91,7 +95,7 @@ def read_in_part(whole: TableReads, small: TableReads, area: float) -> tuple[str
         area: positions of the smaller map over those of the old one
     """
     for (name, length), parts in small.parts.items():
-        if length not in whole.sizes.get(name, ()):
+        if small.shapes[name] != whole.shapes.get(name) or length not in whole.sizes.get(name, ()):
             continue  # resampled: a family has seen to it, or the host itself
         known = whole.parts.get((name, length), set())
         for rows in sorted(parts - known):

@@ -1,5 +1,9 @@
-"""Configs that build on other ones (`extends: other.yaml`, relative to the file; chains allowed) or name their seed."""
+"""Configs: those that build on other ones or name their seed, and what tells two runs apart.
 
+`extends: other.yaml` is relative to the file; chains are allowed.
+"""
+
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,23 +14,45 @@ from rescompress.errors import InputError
 
 _namespace: Any = Namespace  # its constructor has no types
 
-_FLAGS = ("--config", "-c")
+SAVED = "config.yaml"
 
 _OTHER_RUNS = ("initial_weights", "teacher")
 """Options that name what another run leaves."""
+
+_SAME = (
+    r"data\.(root|workers|test_batch_size)|model\.spec"  # the specs, checkpoints compare
+    r"|trainer\.(accelerator|strategy|devices|num_nodes|logger|enable_\w+|log_every_n_steps|default_root_dir|profiler"
+    r"|barebones|detect_anomaly|deterministic|benchmark|inference_mode|model_registry|fast_dev_run|max_time"
+    r"|limit_(val|test|predict)_batches|val_check_interval|check_val_every_n_epoch|num_sanity_val_steps)"
+)
+"""Options that do not change what is trained."""
+
+_LONGER = ("trainer.max_epochs", "trainer.max_steps")
+"""Options of which more is no other run."""
+
+_WATCHING = (
+    *("CostMonitor", "DeviceStatsMonitor", "LastCheckpoint", "LearningRateMonitor", "ModelCheckpoint", "ModelSummary"),
+    *("OnExceptionCheckpoint", "ProgressBar", "RichModelSummary", "RichProgressBar", "SpecInCheckpoint"),
+    *("ThroughputMonitor", "Timer", "TQDMProgressBar"),
+)
+"""Callbacks that do not change what is trained."""
+
+_RUN = "# run: "
 
 
 def with_extended(arguments: list[str]) -> list[str]:
     """Return the arguments with a --config for each file that a config extends, before its own.
 
     Raises:
-        InputError: such a file is not there, or extends itself.
+        InputError: such a file is not there, or extends itself; or --extends is given.
     """
     found: list[str] = []
     rest = iter(arguments)
     for argument in rest:
         flag, _, value = argument.partition("=")
-        if flag not in _FLAGS:
+        if flag.startswith("--e") and "--extends".startswith(flag):  # argparse takes the beginning of a name as well
+            raise InputError("--extends belongs into a config; here, give --config twice, the second goes on top")
+        if flag != "-c" and not (flag.startswith("--co") and "--config".startswith(flag)):
             found.append(argument)
             continue
         value = value or next(rest, "")
@@ -78,3 +104,61 @@ def without_missing(config: Any) -> tuple[Any, list[str]]:
             left[name], more = without_missing(value)
             missing += more
     return _namespace(**left), missing
+
+
+def saved(text: str, run: str) -> str:
+    """Return what config.yaml of a run's folder holds: the dumped config, and the run's name in its first line."""
+    return f"{_RUN}{run}\n{text}"
+
+
+def saved_name(path: Path) -> str | None:
+    """Return the name of the run in whose folder a config lies; None for any other config."""
+    if path.name != SAVED or not path.is_file():
+        return None
+    first = path.read_text(encoding="utf-8", errors="replace").partition("\n")[0]
+    return first.removeprefix(_RUN) if first.startswith(_RUN) else None
+
+
+def differences(was: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Return which options tell two runs apart, with both values: those that change what is trained.
+
+    Args:
+        was: parts model, data and trainer of a config, as plain data.
+        now: of another one.
+    """
+    old, new = _options(was), _options(now)
+    found = []
+    for name in sorted(old.keys() | new.keys()):
+        before, after = old.get(name), new.get(name)
+        longer = name in _LONGER and _limit(after) >= _limit(before)
+        if before != after and not longer:
+            found.append(f"{name} was {before} and is {after}")
+    return found
+
+
+def _options(config: dict[str, Any]) -> dict[str, Any]:
+    trainer = dict(config.get("trainer") or {})
+    callbacks: dict[str, Any] = {}
+    given = trainer.get("callbacks") or []
+    for callback in given if isinstance(given, list) else [given]:
+        name = str(callback["class_path"]).rpartition(".")[2]
+        if name not in _WATCHING:
+            name += str(len(callbacks)) if name in callbacks else ""
+            callbacks[name] = callback.get("init_args") or "given"
+    trainer["callbacks"] = callbacks
+    found = _flat("", {"model": config.get("model"), "data": config.get("data"), "trainer": trainer})
+    return {name: value for name, value in found.items() if not re.match(rf"({_SAME})(\.|$)", name)}
+
+
+def _flat(prefix: str, value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {prefix: value}
+    found: dict[str, Any] = {}
+    for name, one in value.items():
+        whole = prefix if name == "init_args" else f"{prefix}.{name}".removeprefix(".")
+        found |= _flat(whole, one)
+    return found
+
+
+def _limit(value: Any) -> float:
+    return float("inf") if value in (None, -1) else float(value)

@@ -11,8 +11,9 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
-from rescompress.errors import InputError, RescompressWarning, one_line
-from rescompress.inputs import tensors_of, with_batch
+from rescompress.errors import RescompressWarning, one_line
+from rescompress.inputs import with_batch
+from rescompress.lightning.batches import samples_in, shape_of
 from rescompress.measure import count_macs, count_training_macs, live_activation_bytes, parameter_count
 from rescompress.measure.sandbox import copied, device_of, on_device
 from rescompress.recover.batches import take_apart
@@ -50,29 +51,6 @@ COLUMNS = (
 PREDICTED = COLUMNS[COLUMNS.index("parameters") :]
 _TEXTS = ("memory_how", "training_shape", "inference_shape")
 _COUNTS = ("epoch", "global_step", "steps", "images", "parameters")
-
-
-def images_of(batch: Any) -> Tensor:
-    """Return the images (B, C, H, W) of a batch of any kind: its first tensor of four dimensions.
-
-    Raises:
-        InputError: there is none.
-    """
-    for tensor in tensors_of(batch):
-        if tensor.ndim == 4:
-            return tensor
-    raise InputError(f"no images (B, C, H, W) in a batch of type {type(batch).__name__}; its first tensor must be them")
-
-
-def samples_in(batch: Any) -> int:
-    """Return how many samples a batch of any kind holds: the length of its first tensor."""
-    return next((len(tensor) for tensor in tensors_of(batch) if tensor.ndim), 0)
-
-
-def shape_of(batch: Any) -> str:
-    """Return the shape of the first tensor of a batch: 32x3x224x224."""
-    tensors = tensors_of(batch)
-    return "x".join(str(side) for side in tensors[0].shape) if tensors else ""
 
 
 def shapes_of(model: nn.Module) -> nn.Module:

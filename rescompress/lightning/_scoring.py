@@ -15,6 +15,7 @@ from rescompress.errors import InputError, SpecError
 from rescompress.lightning._module import CompressedModule
 from rescompress.lightning.batches import Batch
 from rescompress.measure import weight_bytes
+from rescompress.recover.distillation import mean_cross_entropy
 
 _AUXILIARY = 0.4
 """Weight of the losses of auxiliary heads, as torchvision's references and mmseg's configs have it."""
@@ -56,7 +57,7 @@ class Scored(CompressedModule):
         """Return the loss of logits and labels of one size."""
         if self.loss is not None:
             return self.loss(logits, labels)  # type: ignore[no-any-return]
-        return nn.functional.cross_entropy(logits, labels, ignore_index=self.ignored)
+        return mean_cross_entropy(logits, labels, self.ignored)
 
     def heads(self, outputs: Any, ndim: int) -> list[Tensor]:
         """Return the logits among a model's outputs, those of auxiliary heads behind the main ones.
@@ -190,10 +191,16 @@ class Scored(CompressedModule):
                     self.log(f"{split}/{written}", value, prog_bar=shown, sync_dist=True, batch_size=1)
 
     def _calibration(self) -> list[Tensor] | None:
-        """Return images of a few training batches as the model gets them, if the deployment asks for any."""
+        """Return images of a few training batches as the model gets them, if the deployment asks for any.
+
+        They are those of rank 0: each rank has a share of its own, and all are to test the same model.
+        """
         if self.deploy is None or not any("static" in str(step.to_dict()) for step in self.deploy):
             return None
         data: Any = getattr(self.trainer, "datamodule", None)
         if not hasattr(data, "batches"):
             raise InputError("static quantization is calibrated with training images: use a DataModule of rescompress")
-        return [batch.images for batch in itertools.islice(data.batches("train", self.device), _CALIBRATION)]
+        images: list[Tensor] = []
+        if self.trainer.is_global_zero:
+            images = [one.images.cpu() for one in itertools.islice(data.batches("train", self.device), _CALIBRATION)]
+        return [one.to(self.device) for one in self.trainer.strategy.broadcast(images)]

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
-from torch import nn
+from lightning.pytorch.callbacks import ModelCheckpoint, Timer
+from lightning.pytorch.loops.loop import _Loop
+from torch import Tensor, nn
 
 from rescompress.compress import Record
 from rescompress.errors import CheckpointError, InputError, SpecError
@@ -110,11 +111,16 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 class LastCheckpoint(ModelCheckpoint):
     """Keep last.ckpt up to date: every so many steps, after each epoch with its validation, and at the very end.
 
-    Within the last batch of an epoch nothing is written, for the end of the epoch follows.
+    Within the last batch of an epoch or of the run nothing is written: a validation and the end of the epoch follow.
+    A training that another callback ended, such as EarlyStopping, is not taken up again from its checkpoint.
 
     Args:
         dirpath: folder of last.ckpt.
         every_n_train_steps: so many.
+
+    Attributes:
+        run: what is to be known of the training when another process tests it: the `metrics` of its last validation,
+            whether it was `stopped` by a callback, its `processes`, `hardware` and `versions`
     """
 
     def __init__(self, dirpath: str | None = None, every_n_train_steps: int = 500) -> None:
@@ -126,33 +132,60 @@ class LastCheckpoint(ModelCheckpoint):
             save_on_train_epoch_end=True,
             enable_version_counter=False,
         )
+        self.run: dict[str, Any] = {}
+        self._trains = False
 
     @property
     def state_key(self) -> str:
         """Name of its state in a checkpoint: the same whatever the interval, so that a resumed run may change it."""
         return type(self).__qualname__
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return ModelCheckpoint's state and the run."""
+        return {**super().state_dict(), "run": self.run}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take them."""
+        super().load_state_dict(state_dict)
+        self.run = dict(state_dict.get("run") or {})
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Train no further where a callback ended the training."""
+        trainer.should_stop = trainer.should_stop or bool(self.run.get("stopped"))
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take a resumed run's step as saved: else it is again, behind a batch whose gradient waits for the others."""
         super().on_train_start(trainer, pl_module)
+        _leave_ended_epoch(trainer.fit_loop)
+        self._trains = True
         self._last_global_step_saved = trainer.global_step
 
     def on_train_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
         """Save after so many steps."""
-        if not trainer.is_last_batch:
+        if not trainer.is_last_batch and trainer.global_step != trainer.max_steps:
             super().on_train_batch_end(trainer, *args, **kwargs)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save, also where this step was saved before the validation."""
-        self._save_now(trainer)
+        self.save_now(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save once more, for what other callbacks did to the model at the end."""
-        self._save_now(trainer)
+        self.save_now(trainer)
 
-    def _save_now(self, trainer: Trainer) -> None:
+    def save_now(self, trainer: Trainer) -> None:
+        """Save, whatever the step."""
         if not is_dry(trainer) and not trainer.sanity_checking:
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+
+    def _save_last_checkpoint(self, trainer: Trainer, monitor_candidates: dict[str, Tensor]) -> None:
+        from rescompress.lightning.results import circumstances
+
+        if self._trains or not self.run:  # else it is that of the process which trained
+            self.run = self.run | circumstances(trainer)
+        found = {name: float(value) for name, value in monitor_candidates.items() if name.startswith("val/")}
+        self.run |= {"metrics": self.run.get("metrics", {}) | found, "stopped": stopped_itself(trainer)}
+        super()._save_last_checkpoint(trainer, monitor_candidates)
 
 
 class AtomicCheckpoints(TorchCheckpointIO):
@@ -196,6 +229,24 @@ class AtomicCheckpoints(TorchCheckpointIO):
 def is_dry(trainer: Any) -> bool:
     """Whether it is a dry run (fast_dev_run), which leaves nothing behind."""
     return bool(trainer.fast_dev_run)
+
+
+def stopped_itself(trainer: Any) -> bool:
+    """Whether a callback such as EarlyStopping ended the training; a limit of time does not count."""
+    left = [one.time_remaining() for one in trainer.callbacks if isinstance(one, Timer)]
+    return bool(trainer.should_stop) and not any(seconds is not None and seconds <= 0 for seconds in left)
+
+
+def _leave_ended_epoch(loop: Any) -> None:
+    """Go on with the next epoch where a run of a number of steps is resumed at the end of one.
+
+    With a number of epochs Lightning does so itself; else it would end that epoch once more, and the data would be in
+    the order of the epoch after the next.
+    """
+    if loop.restarted_on_epoch_end:
+        _Loop.restarting.fset(loop, False)  # type: ignore[attr-defined]  # FitLoop's own setter takes no False here
+        loop.update_restart_stage()
+        loop.epoch_progress.increment_completed()
 
 
 def _parts(module: nn.Module) -> dict[str, Any]:

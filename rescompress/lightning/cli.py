@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
+import yaml
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -14,21 +15,33 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.plugins.io import CheckpointIO
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
-from rescompress.errors import InputError, RescompressError
-from rescompress.lightning._configs import with_extended, with_seed, without_missing
+from rescompress.errors import InputError, RescompressError, one_line
+from rescompress.lightning._configs import (
+    SAVED,
+    differences,
+    saved,
+    saved_name,
+    with_extended,
+    with_seed,
+    without_missing,
+)
 from rescompress.lightning._trained import Trained
 from rescompress.lightning.checkpoints import (
     AtomicCheckpoints,
     LastCheckpoint,
-    SpecInCheckpoint,
     is_dry,
     read_checkpoint,
+    refuse_other_spec,
+    stopped_itself,
 )
 from rescompress.lightning.cost import CostMonitor
-from rescompress.lightning.results import FILE, costs, gather
+from rescompress.lightning.results import FILE, Result, costs, gather, limited
 
 RUNS = "runs"
 LAST = "last.ckpt"
+
+_COMPARED = ("model", "data", "trainer")
+"""Parts of a config that tell what is trained."""
 
 _TEST = {"model", "dataloaders", "datamodule", "verbose"}
 
@@ -36,10 +49,11 @@ _TEST = {"model", "dataloaders", "datamodule", "verbose"}
 class RecipeCLI(LightningCLI):
     """LightningCLI with a folder for each run: runs/RECIPE/CONFIG/seedSEED, RECIPE and CONFIG being names of files.
 
-    `fit` goes on from last.ckpt where there is one, tests the weights that it ends with and writes results.json; `test`
-    does the latter with last.ckpt or another checkpoint. Both test the copy in low bits, too, where the model has a
-    `deploy`. `seed_everything` is the seed of model and data as well, and stands for "{seed}" in a config's paths. A
-    config may build on another one by a top-level key `extends`, a path relative to it.
+    `fit` goes on from last.ckpt where there is one of the same options, tests the weights that it ends with and writes
+    results.json; `test` does the latter with last.ckpt, and only prints the scores of another checkpoint. Both test the
+    copy in low bits, too, where the model has a `deploy`. The config.yaml of a run's folder is a config of that run.
+    `seed_everything` is the seed of model and data as well, and stands for "{seed}" in a config's paths. A config may
+    build on another one by a top-level key `extends`, a path relative to it.
 
     Args:
         model_class: Classifier, Segmenter or a subclass.
@@ -50,7 +64,10 @@ class RecipeCLI(LightningCLI):
     def __init__(
         self, model_class: type[Trained], datamodule_class: type[LightningDataModule] | None = None, **options: Any
     ) -> None:
+        if options.get("run", True):
+            options.setdefault("save_config_callback", None)  # `fit` saves it
         options.setdefault("save_config_kwargs", {"overwrite": True})
+        self._earlier: int | None = None
         options.setdefault("seed_everything_default", 0)
         # The samplers of the DataModules give each rank its share themselves.
         defaults = {"use_distributed_sampler": False, "enable_model_summary": False}  # CostMonitor counts what it would
@@ -70,7 +87,9 @@ class RecipeCLI(LightningCLI):
             "--folder", type=str | None, default=None, help="of the run; runs/RECIPE/CONFIG/seedSEED by default"
         )
         parser.add_argument("--fresh", action="store_true", help="begin anew where there is a checkpoint to go on from")
-        parser.add_argument("--extends", type=str | None, default=None, help="another config that this one builds on")
+        parser.add_argument(
+            "--extends", type=str | None, default=None, help="within a config: another one that it builds on"
+        )
         parser.add_argument("--checkpoint_every", type=int, default=500, help="steps between two writings of last.ckpt")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
@@ -121,23 +140,32 @@ class RecipeCLI(LightningCLI):
 
     @property
     def config_name(self) -> str:
-        """Name of the last config file."""
-        files = self._get(self.config, "config") or []
-        return Path(str(files[-1])).stem if files else "default"
+        """Name of the last config file, or of the run in whose folder that lies."""
+        path = self._config_file
+        return "default" if path is None else saved_name(path) or path.stem
 
     @property
     def folder(self) -> Path:
         """Folder of the run."""
-        given = self._get(self.config, "folder")
+        given, path = self._get(self.config, "folder"), self._config_file
+        if given is not None:
+            return Path(given)
+        if path is not None and saved_name(path) is not None:
+            return path.parent
         seed = int(self._get(self.config, "seed_everything"))
-        return Path(given) if given is not None else Path(RUNS, self.recipe, self.config_name, f"seed{seed}")
+        return Path(RUNS, self.recipe, self.config_name, f"seed{seed}")
+
+    @property
+    def _config_file(self) -> Path | None:
+        files = self._get(self.config, "config") or []
+        return Path(str(files[-1])) if files else None
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Make the trainer, with the callbacks, loggers and plugins that the config does not name itself."""
         config: Any = self._get(self.config_init, "trainer", default={})
         folder = str(self.folder)
         callbacks = _as_list(config.get("callbacks"))
-        own = [SpecInCheckpoint(), CostMonitor(folder)]
+        own: list[Any] = [CostMonitor(folder)]
         if config.get("enable_checkpointing") is not False:
             own.append(LastCheckpoint(folder, self._get(self.config, "checkpoint_every")))
         if config.get("max_time") is None:  # else Lightning makes its own timer
@@ -157,22 +185,41 @@ class RecipeCLI(LightningCLI):
 
     def fit(self, model: Trained, ckpt_path: Any = None, **options: Any) -> None:
         """Train, from last.ckpt on if it is there, then test and write results.json."""
-        if ckpt_path is None and not is_dry(self.trainer):
-            ckpt_path = self._begin_anew() if self._get(self.config, "fresh") else self._resume()
+        if not is_dry(self.trainer):
+            if ckpt_path is None and self._get(self.config, "fresh"):
+                self._begin_anew()
+            elif ckpt_path is None or self._is_last(ckpt_path):
+                ckpt_path = self._resume(model)
+            self._save_config()
         self.trainer.fit(model, ckpt_path=ckpt_path, **options)
         metrics = _numbers(self.trainer, "val/")
         epochs, steps = self.trainer.current_epoch, self.trainer.global_step
-        self._test(model, metrics, epochs, steps)
+        nothing_left = self._earlier == steps
+        self._test(model, metrics, epochs, steps, stopped_itself(self.trainer), again=nothing_left)
 
     def test(self, model: Trained, ckpt_path: Any = None, **options: Any) -> None:
-        """Test last.ckpt, or another checkpoint, and write results.json."""
+        """Test last.ckpt and write results.json, or test another checkpoint."""
         path = ckpt_path or self.folder / LAST
         progress = read_checkpoint(path)
         epochs, steps = int(progress["epoch"]), int(progress["global_step"])
         del progress
-        self._test(model, {}, epochs, steps, ckpt_path=path, **options)
+        alone = None if self._is_last(path) else f"they are of {path}"
+        others = self._other_options() if alone is None else []
+        if others:
+            alone = f"the run was trained with other options: {_listed(others)}"
+        self._test(model, {}, epochs, steps, again=True, alone=alone, ckpt_path=path, **options)
 
-    def _resume(self) -> Path | None:
+    def _is_last(self, path: Any) -> bool:
+        """Whether a checkpoint is this run's own."""
+        last = self.folder / LAST
+        return last.exists() and os.path.exists(path) and os.path.samefile(path, last)
+
+    def _resume(self, model: Trained) -> Path | None:
+        """Return the checkpoint to go on from.
+
+        Raises:
+            InputError: it is damaged, or of a run with other options.
+        """
         last = self.folder / LAST
         if not last.exists():
             return None
@@ -180,6 +227,14 @@ class RecipeCLI(LightningCLI):
             found = read_checkpoint(last)
         except InputError as error:
             raise InputError(f"{error}; to begin anew, say --fresh") from error
+        refuse_other_spec(model, found)
+        others = self._other_options()
+        if others:
+            raise InputError(
+                f"the run in {self.folder} was begun with other options: {_listed(others)}; give those to go on with "
+                "it, --folder for another run, or --fresh to begin this one anew"
+            )
+        self._earlier = int(found["global_step"])
         rank_zero_info(
             f"going on from {last}, step {found['global_step']} (epoch {found['epoch']}); to begin anew, say --fresh"
         )
@@ -194,10 +249,70 @@ class RecipeCLI(LightningCLI):
             rank_zero_info(f"beginning anew; the last checkpoint of the earlier run is now {last.with_suffix('.old')}")
         (self.folder / FILE).unlink(missing_ok=True)
 
+    def _other_options(self) -> list[str]:
+        """Return the options in which this run differs from the one that the folder's checkpoint is of."""
+        path = self.folder / SAVED
+        if not path.is_file():
+            return []
+        parser = self._parser("fit" if self.subcommand else None)
+        try:
+            data = yaml.safe_load(path.read_text(encoding="utf-8"))
+            known = {name: data[name] for name in _COMPARED if data.get(name) is not None}
+            was = yaml.safe_load(parser.dump(parser.parse_object(known), skip_none=False))
+        except (argparse.ArgumentError, AttributeError, TypeError, ValueError, yaml.YAMLError) as error:
+            raise InputError(
+                f"{path} is no config of this recipe any more, so its options cannot be compared: "
+                f"{one_line(error, 200)}; remove the file to go on from its checkpoint as it is, or say --fresh"
+            ) from error
+        now = yaml.safe_load(self._parser(self.subcommand).dump(self._own_config, skip_none=False))
+        return differences(was, now)
+
+    @property
+    def _own_config(self) -> Any:
+        return self.config[self.subcommand] if self.subcommand else self.config
+
+    @rank_zero_only
+    def _save_config(self) -> None:
+        """Write all options into the run's folder, whole or not at all."""
+        config = self._own_config.clone()
+        config["folder"], config["fresh"] = None, False  # it lies in the folder; and to use it is to go on
+        path = self.folder / SAVED
+        part = path.with_name(f".{SAVED}.part")
+        part.parent.mkdir(parents=True, exist_ok=True)
+        text = self._parser(self.subcommand).dump(config, skip_none=False)
+        part.write_text(saved(text, self.config_name), encoding="utf-8")
+        os.replace(part, path)
+
+    def _run(self) -> dict[str, Any]:
+        """Return what the checkpoint says of the training."""
+        callbacks: list[Any] = vars(self.trainer)["callbacks"]
+        return next((one.run for one in callbacks if isinstance(one, LastCheckpoint)), {})
+
     def _test(
-        self, model: Trained, metrics: dict[str, float], epochs: int, steps: int, ckpt_path: Any = None, **options: Any
+        self,
+        model: Trained,
+        metrics: dict[str, float],
+        epochs: int,
+        steps: int,
+        stopped: bool = False,
+        again: bool = False,
+        alone: str | None = None,
+        ckpt_path: Any = None,
+        **options: Any,
     ) -> None:
-        """Test the model and its copy in low bits, and write down both."""
+        """Test the model and its copy in low bits, and write down both.
+
+        Args:
+            model: to test.
+            metrics: of the validation.
+            epochs: of the training.
+            steps: of the training.
+            stopped: whether a callback ended it.
+            again: nothing was trained here, so what the run left is kept.
+            alone: why the scores are not of the run in the folder, and not to be written into it.
+            ckpt_path: whose weights are tested.
+            **options: of the trainer's `test`.
+        """
         options["datamodule"] = self.datamodule
         self.trainer.test(model, ckpt_path=ckpt_path, **options)
         metrics = metrics | _numbers(self.trainer, "test/")
@@ -209,20 +324,36 @@ class RecipeCLI(LightningCLI):
                 deployed = {"weight_bytes": model.deployed_bytes, **costs(self.trainer, "inference_")}
         if is_dry(self.trainer) or not self.trainer.is_global_zero:
             return
+        run = self._run() if alone is None else {}
         result = gather(
             self.trainer,
             model,
             recipe=self.recipe,
             config=self.config_name,
-            metrics=metrics,
+            metrics=run.get("metrics", {}) | metrics,
             epochs=epochs,
             steps=steps,
+            stopped=stopped or bool(run.get("stopped")),
             cost=cost,
             deployed_cost=deployed,
+            trained=run,
         )
-        if self.subcommand == "test":
-            result = result.after(self.folder)
+        earlier = self._result(result) if again else None
+        if earlier is not None and earlier.finished and limited(self.trainer):
+            alone = "a part of the data was left out"
+        if alone is not None:
+            rank_zero_info(f"these scores are not written into {self.folder / FILE}: {alone}")
+            return
+        result = result if earlier is None else earlier.tested_again(result)
         rank_zero_info(f"wrote {result.write(self.folder)}")
+
+    def _result(self, later: Result) -> Result | None:
+        """Return what this run left when it was tested before, with the same weights."""
+        try:
+            found = Result.read(self.folder)
+        except InputError:
+            return None
+        return found if (found.seed, found.steps) == (later.seed, later.steps) else None
 
 
 def main(
@@ -255,6 +386,11 @@ def _loggers(folder: str) -> list[Any]:
 
 def _numbers(trainer: Trainer, prefix: str) -> dict[str, float]:
     return {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith(prefix)}
+
+
+def _listed(found: list[str]) -> str:
+    more = f" and {len(found) - 4} more" if len(found) > 4 else ""
+    return ", ".join(found[:4]) + more
 
 
 def _as_list(value: Any) -> list[Any]:

@@ -18,14 +18,13 @@ from rescompress.lightning._costs import (
     Row,
     predict,
     read_rows,
-    samples_in,
-    shape_of,
     shapes_of,
     timed,
     whole_run,
     write_rows,
 )
 from rescompress.lightning._meters import Clock, Listening, Memory, Passes
+from rescompress.lightning.batches import samples_in, shape_of
 from rescompress.measure.report import format_bytes
 
 _LOW_PRECISION = {"16-mixed": torch.float16, "bf16-mixed": torch.bfloat16}
@@ -196,7 +195,7 @@ class CostMonitor(Callback):
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Predict at the first batch, if that is of a new shape; begin a step at each."""
+        """Predict at the first batch, if that is of a new shape, and forget the peak so far; begin a step at each."""
         if self._memory is None:
             return
         shape = shape_of(batch)
@@ -204,9 +203,11 @@ class CostMonitor(Callback):
         self._sides = self._sides or sides
         if sides != self._sides:
             return  # of several test loaders with images of several sizes, those of the first size are measured
-        if not self._inference.samples and self._known.get("inference_shape") != shape:
+        if not self._inference.samples:
             with self._own_time():
-                self._predict(trainer, pl_module, batch, training=False)
+                if self._known.get("inference_shape") != shape:
+                    self._predict(trainer, pl_module, batch, training=False)
+                self._memory.reset()  # of what was done before: making the copy in low bits that is tested, predicting
         self._inference.begin(samples_in(batch))
 
     def on_validation_batch_end(

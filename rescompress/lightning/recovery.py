@@ -15,7 +15,8 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 
 from rescompress.errors import InputError, RescompressWarning
-from rescompress.lightning._costs import images_of
+from rescompress.lightning.batches import images_of
+from rescompress.lightning.checkpoints import LastCheckpoint, load_model
 from rescompress.recover.batches import take_apart
 from rescompress.recover.distillation import Distillation
 from rescompress.recover.recalibration import has_statistics, recalibrate
@@ -112,8 +113,6 @@ class Distill(Callback):
         if isinstance(self.teacher, nn.Module):
             return self.teacher
         if self.teacher is not None:
-            from rescompress.lightning.checkpoints import load_model
-
             return load_model(self.teacher)
         if not callable(getattr(module, "original", None)):
             raise InputError(
@@ -129,11 +128,12 @@ class Recalibrate(Callback):
     The images are those of the training split, without augmentation where the DataModule has a method
     `plain_train_dataloader(size)`, as those of rescompress.lightning.data have, else as its training loader gives them.
     Each process takes its own share, and the statistics are averaged. What is found at the end is in last.ckpt of
-    rescompress.lightning's LastCheckpoint; checkpoints of others may have been written before.
+    rescompress.lightning's LastCheckpoint; checkpoints of others may have been written before. A run that was ended
+    within it makes up for it when it is resumed.
 
     Args:
         batches: how many, on each process.
-        at_end: when the training is over, at the DataModule's test_size.
+        at_end: when the training is over, at the DataModule's test_size; also where there was nothing to train.
         before_validation: each time; the statistics that training kept are overwritten, which it does not read.
         per_test_size: before the first batch of each test loader, at the size of its images; afterwards the model is
             as it was. For models that are tested at sizes of which each has statistics of its own.
@@ -157,6 +157,15 @@ class Recalibrate(Callback):
         self.per_test_size = per_test_size
         self.model = model
         self._before: dict[str, Tensor] | None = None
+        self._done = False
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return whether the statistics of the end were found."""
+        return {"done": self._done}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take that of the run that is resumed."""
+        self._done = bool(state_dict["done"])
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Tell if there is nothing to do."""
@@ -167,10 +176,27 @@ class Recalibrate(Callback):
                 category=RescompressWarning,
             )
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin anew: training overwrites the statistics."""
+        self._done = False
+
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Recalibrate the final model."""
         if self.at_end:
             self._recalibrate(trainer, pl_module, getattr(_data(trainer), "test_size", None))
+            self._done = True
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Recalibrate where nothing was left to train: Lightning then calls no on_train_end."""
+        if not self.at_end or self._done:
+            return
+        home = pl_module.device
+        pl_module.to(trainer.strategy.root_device)  # it has been moved away
+        self.on_train_end(trainer, pl_module)
+        pl_module.to(home)
+        for callback in trainer.checkpoint_callbacks:
+            if isinstance(callback, LastCheckpoint):
+                callback.save_now(trainer)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Recalibrate what is validated."""

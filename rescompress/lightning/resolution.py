@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from rescompress.errors import InputError, SpecError
-from rescompress.lightning._costs import images_of
+from rescompress.lightning.batches import images_of
 from rescompress.spec import check_choice
 
 if TYPE_CHECKING:

@@ -18,6 +18,7 @@ from lightning.pytorch.callbacks import Timer
 
 import rescompress
 from rescompress.errors import InputError
+from rescompress.lightning._costs import whole_run
 from rescompress.lightning._trained import Trained
 from rescompress.lightning.cost import CostMonitor
 from rescompress.measure import count_macs, parameter_count
@@ -37,7 +38,7 @@ class Result:
         seed: of everything random
         command: that was run
         date: when it ended, UTC
-        finished: whether all epochs or steps were done, on all of the data
+        finished: whether all epochs or steps were done, or a callback such as EarlyStopping ended them, with all data
         epochs: begun or done
         steps: of the optimizer
         seconds: of training, interruptions left out
@@ -49,10 +50,10 @@ class Result:
         metrics: by name: test/..., deployed/... of the copy in low bits, and the last val/...
         macs: of one test image, before low bits
         parameters: how many
-        cost: what CostMonitor measured
+        cost: what CostMonitor measured; the steps of an epoch that was interrupted count from where it was resumed
         deployed_cost: bytes of the weights in low bits, and what CostMonitor measured of their inference
         processes: that trained
-        hardware: processor, cores, GPU
+        hardware: that it was trained on: processor, cores, GPU
         versions: of Python and the libraries
     """
 
@@ -88,22 +89,12 @@ class Result:
         os.replace(part, path)
         return path
 
-    def after(self, folder: str | Path) -> Self:
-        """Return the result of a later test of the same weights: what the run itself left is kept beside it."""
-        try:
-            run = self.read(folder)
-        except InputError:
-            return self
-        if (run.recipe, run.config, run.seed, run.steps) != (self.recipe, self.config, self.seed, self.steps):
-            return self
-        return replace(
-            self,
-            command=run.command,
-            finished=run.finished,
-            seconds=run.seconds,
-            metrics=run.metrics | self.metrics,
-            cost=run.cost | self.cost,
-        )
+    def tested_again(self, later: Self) -> Self:
+        """Return the result with the scores of a later test of the same weights.
+
+        All else is of the process that trained and tested first: another machine has other times.
+        """
+        return replace(self, metrics=self.metrics | later.metrics, finished=self.finished or later.finished)
 
     @classmethod
     def read(cls, path: str | Path) -> Self:
@@ -132,22 +123,37 @@ def gather(
     metrics: dict[str, float],
     epochs: int,
     steps: int,
+    stopped: bool,
     cost: dict[str, Any],
     deployed_cost: dict[str, Any] | None,
+    trained: dict[str, Any],
 ) -> Result:
-    """Collect what there is to say of a run that has been tested."""
-    callbacks: list[Any] = vars(trainer)["callbacks"]
-    timers = [one for one in callbacks if isinstance(one, Timer)]
+    """Collect what there is to say of a run that has been tested.
+
+    Of the training, `stopped` says whether a callback ended it, and `trained` in which `circumstances` it was done if
+    another process did it. The rest is as in `Result`.
+    """
+    timers = [one for one in _callbacks(trainer) if isinstance(one, Timer)]
     data: Any = getattr(trainer, "datamodule", None)
     limits = ((epochs, trainer.max_epochs), (steps, trainer.max_steps))
     test_size = _pair(getattr(data, "test_size", None))
+    here = circumstances(trainer)
+    there = {name: trained.get(name, value) for name, value in here.items()}
+    elsewhere = any(here[name] != there[name] for name in ("processes", "hardware"))
+    sides = str(cost.get("inference_shape") or "").split("x")[-2:]
+    if elsewhere or (test_size is not None and sides not in ([""], [str(side) for side in test_size])):
+        # The numbers of inference are not of the machine that trained, or of another size than the MACs.
+        cost = {name: value for name, value in cost.items() if not name.startswith("inference_")}
+        cost |= _of_training(trainer)
+        deployed_cost = deployed_cost and {"weight_bytes": deployed_cost["weight_bytes"]}
     return Result(
         recipe=recipe,
         config=config,
         seed=module.seed,
         command=shlex.join(["python", *sys.argv]),
         date=datetime.now(UTC).isoformat(timespec="seconds"),
-        finished=not _limited(trainer) and any(limit is not None and 0 <= limit <= done for done, limit in limits),
+        finished=not limited(trainer)
+        and (stopped or any(limit is not None and 0 <= limit <= done for done, limit in limits)),
         epochs=epochs,
         steps=steps,
         seconds=float(timers[0].time_elapsed("train")) if timers else 0.0,
@@ -161,20 +167,34 @@ def gather(
         parameters=parameter_count(module.model),
         cost=cost,
         deployed_cost=deployed_cost,
-        processes=trainer.world_size,
-        hardware=_hardware(trainer),
-        versions=_versions(),
+        **there,
     )
+
+
+def circumstances(trainer: Trainer) -> dict[str, Any]:
+    """Return what this process runs on, as plain data: `processes`, `hardware` and `versions` of a Result."""
+    return {"processes": trainer.world_size, "hardware": _hardware(trainer), "versions": _versions()}
 
 
 def costs(trainer: Any, prefix: str = "") -> dict[str, Any]:
     """Return what CostMonitor has measured so far, or the numbers whose names begin so."""
-    monitors = [one for one in trainer.callbacks if isinstance(one, CostMonitor)]
+    monitors = [one for one in _callbacks(trainer) if isinstance(one, CostMonitor)]
     found = monitors[0].summary() if monitors else {}
     return {name: value for name, value in found.items() if name.startswith(prefix)}
 
 
-def _limited(trainer: Trainer) -> bool:
+def _of_training(trainer: Trainer) -> dict[str, Any]:
+    """Return what the epochs cost, with the inference of the last validation in them."""
+    rows = [list(one.rows.values()) for one in _callbacks(trainer) if isinstance(one, CostMonitor)]
+    return whole_run(rows[0]) if rows and rows[0] else {}
+
+
+def _callbacks(trainer: Trainer) -> list[Any]:
+    found: list[Any] = vars(trainer)["callbacks"]  # Lightning sets it without declaring it
+    return found
+
+
+def limited(trainer: Trainer) -> bool:
     """Whether the run was told to leave out a part of the data."""
     told = vars(trainer)  # Lightning sets these without declaring them
     shares = [told[f"limit_{split}_batches"] for split in ("train", "val", "test")]
@@ -211,7 +231,8 @@ def _hardware(trainer: Trainer) -> dict[str, Any]:
 
 
 def _versions() -> dict[str, str]:
-    found = {"rescompress": rescompress.__version__, "python": platform.python_version(), "torch": torch.__version__}
+    found = {"rescompress": rescompress.__version__, "python": platform.python_version()}
+    found["torch"] = str(torch.__version__)  # a class of its own, which checkpoints must not hold
     for library in _LIBRARIES:
         try:
             found[library] = importlib.metadata.version(library)

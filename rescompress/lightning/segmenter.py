@@ -11,9 +11,7 @@ from torchmetrics import Metric
 from rescompress.errors import InputError
 from rescompress.lightning._trained import Trained
 from rescompress.lightning.batches import Batch
-
-IGNORED = 255
-"""Label of pixels that count for nothing."""
+from rescompress.recover.batches import IGNORED
 
 _MMSEG = "mmseg.models.segmentors.base.BaseSegmentor"
 

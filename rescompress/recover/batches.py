@@ -13,10 +13,13 @@ from rescompress.errors import InputError
 LABELS = ("labels", "label", "target", "targets")
 """Names under which a batch in a dict holds its labels."""
 
+IGNORED = 255
+"""Label of pixels that count for nothing, in dense prediction."""
+
 
 @dataclass(frozen=True)
-class Batch:
-    """One batch.
+class ModelCall:
+    """One call of a model on a batch.
 
     Attributes:
         args: positional arguments of the model
@@ -29,35 +32,35 @@ class Batch:
     labels: Tensor | None
 
 
-def take_apart(given: Any) -> Batch:
+def take_apart(given: Any) -> ModelCall:
     """Read a batch: images alone, (images, labels), or a dict of keyword arguments with labels among them.
 
     Raises:
         InputError: it is none of these.
     """
     if isinstance(given, Tensor):
-        return Batch((given,), {}, None)
+        return ModelCall((given,), {}, None)
     if isinstance(given, Mapping) and given:
         labels = next((given[name] for name in LABELS if name in given), None)
         kwargs = {str(name): value for name, value in given.items() if name not in LABELS}
-        return Batch((), kwargs, labels if isinstance(labels, Tensor) else None)
+        return ModelCall((), kwargs, labels if isinstance(labels, Tensor) else None)
     if isinstance(given, list | tuple) and given and isinstance(given[0], Tensor):
         labels = given[1] if len(given) > 1 else None
-        return Batch((given[0],), {}, labels if isinstance(labels, Tensor) else None)
+        return ModelCall((given[0],), {}, labels if isinstance(labels, Tensor) else None)
     raise InputError(
         f"a batch is a tensor of images, a pair (images, labels) or a dict of arguments, got {type(given).__name__}; "
         "give a loader that yields one of these"
     )
 
 
-def moved(batch: Batch, device: torch.device) -> Batch:
-    """Return the batch on a device."""
+def moved(call: ModelCall, device: torch.device) -> ModelCall:
+    """Return the call on a device."""
 
     def move(leaf: Any) -> Any:
         return leaf.to(device, non_blocking=True) if isinstance(leaf, Tensor) else leaf
 
-    labels = None if batch.labels is None else batch.labels.to(device, non_blocking=True)
-    return Batch(tree_map(move, batch.args), tree_map(move, batch.kwargs), labels)
+    labels = None if call.labels is None else call.labels.to(device, non_blocking=True)
+    return ModelCall(tree_map(move, call.args), tree_map(move, call.kwargs), labels)
 
 
 def device_of(model: nn.Module) -> torch.device:

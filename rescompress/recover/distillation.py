@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from rescompress import surgery
 from rescompress.errors import InputError, SpecError, UnsupportedModelError
-from rescompress.recover.batches import Batch
+from rescompress.recover.batches import IGNORED, ModelCall
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +53,7 @@ class Distillation:
         self,
         student: nn.Module,
         teacher: nn.Module,
-        batch: Batch,
+        call: ModelCall,
         label_loss: Callable[[Tensor, Tensor], Tensor] | None = None,
     ) -> dict[str, Tensor]:
         """Run both models on a batch and return the losses by name; "loss" is what to minimise.
@@ -61,17 +61,17 @@ class Distillation:
         Args:
             student: learns.
             teacher: is learned from.
-            batch: for both.
+            call: for both.
             label_loss: called with logits and labels where `label_weight` asks for it; `cross_entropy` by default.
 
         Raises:
-            InputError: labels are to be learned from and the batch has none, or they do not fit the logits.
+            InputError: labels are to be learned from and the call has none, or they do not fit the logits.
             UnsupportedModelError: the models give no logits of the same shape, or a feature cannot be compared.
         """
         with torch.no_grad(), _outputs_of(teacher, self.features) as taught:
-            reference = logits_of(teacher(*batch.args, **batch.kwargs))
+            reference = logits_of(teacher(*call.args, **call.kwargs))
         with _outputs_of(student, self.features) as learned:
-            outputs = student(*batch.args, **batch.kwargs)
+            outputs = student(*call.args, **call.kwargs)
         given = _alike(outputs, reference)
         found = {"distillation": torch.stack([self._divergence(one, reference) for one in given]).mean()}
         loss = (1 - self.label_weight) * found["distillation"]
@@ -81,9 +81,9 @@ class Distillation:
             ).mean()
             loss = loss + self.feature_weight * found["features"]
         if self.label_weight:
-            if batch.labels is None:
+            if call.labels is None:
                 raise InputError("label_weight needs labels, and the loader gives none; give pairs (images, labels)")
-            found["labels"] = torch.stack([(label_loss or cross_entropy)(one, batch.labels) for one in given]).mean()
+            found["labels"] = torch.stack([(label_loss or cross_entropy)(one, call.labels) for one in given]).mean()
             loss = loss + self.label_weight * found["labels"]
         return {"loss": loss, **found}
 
@@ -104,9 +104,22 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     if logits.ndim == 4 and labels.ndim == 3:
         if logits.shape[-2:] != labels.shape[-2:]:
             logits = F.interpolate(logits, labels.shape[-2:], mode="bilinear", align_corners=False)
-        if logits.shape[1] <= 255:
-            labels = labels.masked_fill(labels == 255, -100)
-    return F.cross_entropy(logits.float(), labels)
+        if logits.shape[1] <= IGNORED:
+            labels = labels.masked_fill(labels == IGNORED, -100)
+    return mean_cross_entropy(logits.float(), labels)
+
+
+def mean_cross_entropy(logits: Tensor, labels: Tensor, ignored: int = -100) -> Tensor:
+    """Return the mean cross entropy over all labels but the ignored ones: where all are ignored 0, and not NaN.
+
+    Shape:
+        - logits: (B, classes, ...)
+        - labels: (B, ...) class indices, or weights of the shape of the logits
+    """
+    if labels.is_floating_point():
+        return F.cross_entropy(logits, labels)
+    total = F.cross_entropy(logits, labels, ignore_index=ignored, reduction="sum")
+    return total / (labels != ignored).sum().clamp(min=1)
 
 
 def logits_of(outputs: Any) -> Tensor:

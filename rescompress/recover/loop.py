@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from rescompress.errors import InputError, SpecError
-from rescompress.recover.batches import Batch, device_of, moved, take_apart
+from rescompress.recover.batches import ModelCall, device_of, moved, take_apart
 from rescompress.recover.distillation import Distillation
 from rescompress.recover.recalibration import has_statistics, recalibrate
 from rescompress.spec import check_choice
@@ -46,7 +46,8 @@ def recover(
 
     The teacher, usually the model from before `compress`, runs at its own full resolution, frozen and in evaluation
     mode; the images are given to both at the size that both take. AdamW with a linear warm-up and a cosine down to
-    zero. At the end the BatchNorm statistics are found anew.
+    zero. At the end the BatchNorm statistics are found anew. What is random inside the models (dropout, drop-path) is
+    seeded by the number of the step; the random state of the caller stays as it is.
 
     Args:
         model: the compressed model; it keeps its record, so that `spec_of` goes on working.
@@ -68,7 +69,8 @@ def recover(
 
     Raises:
         SpecError: an option is out of range.
-        InputError: the loader is empty, labels are missing, the loss is NaN, or the checkpoint is of another run.
+        InputError: the loader is empty, labels are missing, the loss is NaN, or the checkpoint is damaged, of another
+            run, or cannot be written.
         UnsupportedModelError: the models' outputs cannot be compared, or nothing is to be tuned.
     """
     if steps < 1:
@@ -87,8 +89,9 @@ def recover(
         run = _Run(model, made, schedule, steps, Path(checkpoint) if checkpoint is not None else None)
         start = run.resume()
         model.train()
-        for step, batch in enumerate(itertools.islice(_endless(loader), start, steps), start):
-            losses = losses_of.losses(model, teacher, moved(batch, device))
+        for step, call in enumerate(itertools.islice(_endless(loader), start, steps), start):
+            with _seeded(step, device):
+                losses = losses_of.losses(model, teacher, moved(call, device))
             value = {name: float(loss.detach()) for name, loss in losses.items()}
             if not math.isfinite(value["loss"]):
                 raise InputError(f"the loss is {value['loss']} at step {step}; lower lr={lr}, or look at the images")
@@ -117,9 +120,25 @@ class _Run:
 
     def resume(self) -> int:
         """Load the file if it is there; return how many steps have been done."""
-        if self.path is None or not self.path.exists():
+        if self.path is None:
             return 0
-        saved = torch.load(self.path, map_location="cpu", weights_only=True)
+        if self.path.is_dir():
+            raise InputError(f"checkpoint={self.path} is a folder; give the path of a file")
+        try:  # else it would be found out after the first `every` steps
+            _part(self.path).touch()
+            _part(self.path).unlink()
+        except OSError as error:
+            raise InputError(
+                f"checkpoint={self.path} cannot be written ({error.strerror}); make its folder, or give another path"
+            ) from error
+        if not self.path.exists():
+            return 0
+        try:
+            saved = torch.load(self.path, map_location="cpu", weights_only=True)
+        except Exception as error:  # a damaged pickle fails in any way
+            raise InputError(
+                f"{self.path} is damaged or no checkpoint ({type(error).__name__}); delete it to begin anew"
+            ) from error
         if not isinstance(saved, dict) or not {*self.parts, "step", "steps"} <= set(saved):
             raise InputError(f"{self.path} is no checkpoint of recover; give another path")
         if saved["steps"] != self.steps:
@@ -138,7 +157,7 @@ class _Run:
         """Write the file, so that a kill at any moment leaves the old or the new one whole."""
         if self.path is None:
             return
-        part = self.path.with_name(f".{self.path.name}.part")
+        part = _part(self.path)
         state = {name: thing.state_dict() for name, thing in self.parts.items()}
         try:
             torch.save({**state, "step": step, "steps": self.steps}, part)
@@ -147,14 +166,26 @@ class _Run:
             part.unlink(missing_ok=True)
 
 
-def _endless(loader: Iterable[Any]) -> Iterator[Batch]:
+def _part(path: Path) -> Path:
+    return path.with_name(f".{path.name}.part")
+
+
+def _endless(loader: Iterable[Any]) -> Iterator[ModelCall]:
     while True:
-        batch = None
+        call = None
         for given in loader:
-            batch = take_apart(given)
-            yield batch
-        if batch is None:
+            call = take_apart(given)
+            yield call
+        if call is None:
             raise InputError("the loader gave no batch; give one that can be iterated over more than once")
+
+
+@contextmanager
+def _seeded(step: int, device: torch.device) -> Iterator[None]:
+    """Seed what is random inside a model by the step, so that a resumed run draws what the whole one drew."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(step)
+        yield
 
 
 def _factor(step: int, steps: int, warmup: float) -> float:

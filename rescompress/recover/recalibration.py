@@ -44,8 +44,8 @@ def recalibrate(model: Model, loader: Iterable[Any], *, batches: int | None = No
     device, seen = device_of(model), 0
     with _collecting(model, norms), torch.no_grad():
         for given in loader:
-            batch = moved(take_apart(given), device)
-            model(*batch.args, **batch.kwargs)
+            call = moved(take_apart(given), device)
+            model(*call.args, **call.kwargs)
             seen += 1
             if seen == batches:
                 break

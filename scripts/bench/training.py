@@ -29,9 +29,10 @@ COLUMNS = (
     "MAC ratio",
     "ms a step (quartiles)",
     "time ratio",
+    "time measured / predicted",
     "predicted live MB",
     "measured MB",
-    "measured / predicted",
+    "memory measured / predicted",
     "predicted ratio",
     "measured ratio",
     "at rest MB",
@@ -130,6 +131,11 @@ def timed_in_turn(steps: list[Step], rounds: int) -> list[list[float]]:
     return [list(times) for times in zip(*turns, strict=True)]
 
 
+def quartiles(values: list[float]) -> list[float]:
+    # Before Python 3.13, statistics.quantiles refuses a single value.
+    return statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="measured against predicted training memory and step time")
     parser.add_argument("--models", nargs="+", default=["resnet50", "vit_small_patch16_224"], help="timm model names")
@@ -160,16 +166,18 @@ def main() -> None:
         live = [live_activation_bytes(step.model, step.images, training=True) for step in steps]
         times = timed_in_turn(steps, options.rounds)
         for scale, memory, mac, predicted, taken in zip(options.scales, memories, macs, live, times, strict=True):
-            low, median, high = statistics.quantiles([1e3 * seconds for seconds in taken], n=4, method="inclusive")
+            low, median, high = quartiles([1e3 * seconds for seconds in taken])
             # Of each round by itself, so that a machine that slows down meanwhile slows both.
             slower = statistics.median(one / first for one, first in zip(taken, times[0], strict=True))
             print(
                 f"| {name} | {scale:g} | {mac / 1e9:.1f} | {mac / macs[0]:.3f} | {median:.0f} ({low:.0f}, {high:.0f}) "
-                f"| {slower:.3f} | {predicted / 1e6:.0f} | {memory.step / 1e6:.0f} | {memory.step / predicted:.2f} "
-                f"| {predicted / live[0]:.3f} | {memory.step / memories[0].step:.3f} | {memory.rest / 1e6:.0f} |",
+                f"| {slower:.3f} | {slower / (mac / macs[0]):.2f} | {predicted / 1e6:.0f} "
+                f"| {memory.step / 1e6:.0f} | {memory.step / predicted:.2f} | {predicted / live[0]:.3f} "
+                f"| {memory.step / memories[0].step:.3f} | {memory.rest / 1e6:.0f} |",
                 flush=True,
             )
-    print(f"\nmemory: {memories[0].how}, over what is there at rest")
+    print(f"\ntime: predicted is that of scale {options.scales[0]:g} times the MAC ratio")
+    print(f"memory: {memories[0].how}, over what is there at rest")
 
 
 if __name__ == "__main__":

@@ -6,13 +6,13 @@ import warnings
 from pathlib import Path
 
 import torch
-from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy
-from timm.data.scheduled_sampler import ScheduledTransformDataset
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
 
 from rescompress.lightning.cost import CostMonitor
+from rescompress.lightning.data._base import ImageData
+from rescompress.lightning.data._loader import Loaded
 from rescompress.lightning.recovery import Distill, Recalibrate
 from rescompress.lightning.resolution import ResolutionSchedule
 
@@ -29,40 +29,38 @@ def net() -> nn.Module:
     )
 
 
-class Images(Dataset):
+def picture(index: int) -> torch.Tensor:
+    return torch.randn(3, 16, 16, generator=torch.Generator().manual_seed(index)) + index / 8
+
+
+class Pictures:
+    """64 pictures, cut to the size that their batch asks for, and named by their indices."""
+
+    def __init__(self, sizes):
+        self.sizes = sizes
+
     def __len__(self):
         return 64
 
-    def __getitem__(self, index):
-        generator = torch.Generator().manual_seed(index)
-        return torch.randn(3, 16, 16, generator=generator) + index / 8, index % 5, index
+    def __getitems__(self, keys):
+        indices = [index for (index, _), _ in keys]
+        height, width = self.sizes[keys[0][1]]
+        images = torch.stack([picture(index)[:, :height, :width] for index in indices])
+        return Loaded(images, torch.tensor(indices) % 5, tuple(str(index) for index in indices))
 
 
-class Share:
-    def __init__(self, rank, world):
-        self.rank, self.world = rank, world
+class Data(ImageData):
+    """The DataModule as it is, over pictures in memory; the model gets them unchanged."""
 
-    def __len__(self):
-        return 64 // self.world
+    def __init__(self):
+        scale = (1 / 255,) * 3
+        super().__init__(train_size=16, test_size=16, batch_size=4, workers=0, mean=(0.0,) * 3, std=scale)
 
-    def __iter__(self):
-        yield from range(self.rank, 64, self.world)
+    def setup(self, stage=None):
+        pass
 
-
-class Data(LightningDataModule):
-    size_schedule = None
-    test_size = (16, 16)
-
-    def share(self):
-        return Share(self.trainer.global_rank, self.trainer.world_size)
-
-    def train_dataloader(self):
-        cuts = [lambda image, size=size: image[:, :size, :size] for size in self.size_schedule.sizes]
-        sampler = self.size_schedule.batch_sampler(self.share(), 4)
-        return DataLoader(ScheduledTransformDataset(Images(), cuts), batch_sampler=sampler)
-
-    def plain_train_dataloader(self, size):
-        return DataLoader(Images(), batch_size=8, sampler=self.share())
+    def source(self, split, sizes, training):
+        return Pictures(sizes)
 
 
 class Module(LightningModule):
@@ -76,7 +74,7 @@ class Module(LightningModule):
         return net()
 
     def training_step(self, batch, batch_idx):
-        self.indices.append(batch[2].tolist())
+        self.indices.append([int(name) for name in batch.names])
         return self.distiller.losses(self.model, batch)["loss"]
 
     def configure_optimizers(self):

@@ -15,7 +15,7 @@ pytest.importorskip("lightning")
 
 from lightning.pytorch import Trainer
 
-from rescompress.lightning import Classifier, WarmupCosine, WarmupPoly
+from rescompress.lightning import Classifier, WarmupCosine, WarmupPoly, _scoring
 from rescompress.lightning.batches import Batch
 from tests.lightning.tiny import TINY, Tiny
 
@@ -159,6 +159,27 @@ def test_a_copy_in_low_bits_is_tested_beside_the_model() -> None:
     assert module.deployed_bytes is not None
     assert module.deployed_bytes < rc.measure(module.model, module.example, latency=False).weight_bytes / 2
     torch.testing.assert_close(module.state_dict(), before, rtol=0, atol=0)
+
+
+def test_all_ranks_calibrate_with_the_images_of_rank_0(monkeypatch: pytest.MonkeyPatch) -> None:
+    deploy = {"steps": [{"kind": "quantize", "scheme": "w8a8_static"}]}
+    module = Classifier(TINY, num_classes=4, input_size=32, options={"width": 16}, deploy=deploy)
+    run, shown, sent = trainer(), [torch.rand(4, 3, 32, 32)], []
+
+    def broadcast(self: Any, thing: Any, src: int = 0) -> Any:
+        if not isinstance(thing, list):
+            return thing
+        sent.extend(thing)
+        return shown
+
+    monkeypatch.setattr(type(run.strategy), "broadcast", broadcast)
+    given = []
+    real = _scoring.compress
+    monkeypatch.setattr(_scoring, "compress", lambda *args, **options: given.append(options) or real(*args, **options))
+    with module.deployed():
+        run.test(module, datamodule=Tiny(), verbose=False)
+    torch.testing.assert_close(given[0]["calibration"], shown, rtol=0, atol=0)
+    torch.testing.assert_close(sent, [batch.images for batch in Tiny().batches()][:8], rtol=0, atol=0)
 
 
 def test_norms_and_biases_are_not_decayed_and_frozen_parameters_are_left_out() -> None:

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +107,7 @@ def test_a_run_leaves_its_config_checkpoint_logs_and_results(caplog: pytest.LogC
     cli("test", "--config", "half.yaml")
     tested = Result.read(folder)
     assert (tested.steps, tested.finished, tested.seconds) == (8, True, pytest.approx(again.seconds))
-    assert tested.metrics == {name: again.metrics[name] for name in ("test/loss", "test/accuracy")}
+    assert tested.metrics == again.metrics == result.metrics
 
     # What is put away does not come back.
     cli("fit", "--config", "half.yaml", "--fresh", "--trainer.max_epochs", "2")
@@ -125,6 +126,105 @@ def test_the_saved_config_is_the_same_run() -> None:
     assert again.datamodule.seed == again.model.seed == 5
     saved = yaml.safe_load(Path("a/config.yaml").read_text())
     assert saved["model"]["spec"] == CONFIG["model"]["spec"]
+
+
+def test_the_saved_config_goes_on_with_the_run_in_its_folder() -> None:
+    cli("fit", "--config", write("half.yaml", CONFIG))
+    folder = Path("runs/tiny/half/seed5")
+    date = Result.read(folder).date
+
+    again = cli("fit", "--config", str(folder / "config.yaml"))
+
+    assert (again.config_name, again.folder) == ("half", folder)
+    assert Result.read(folder).date == date  # nothing was left to train
+    assert list(Path("runs/tiny").iterdir()) == [Path("runs/tiny/half")]
+
+
+def test_a_folder_keeps_to_the_options_that_its_run_was_begun_with() -> None:
+    config = ("fit", "--config", write("half.yaml", CONFIG), "--folder", "a")
+    cli(*config)
+    first = Result.read("a")
+
+    with pytest.raises(InputError, match=r"data.train_size was 32 and is 64, model.optimizer.lr was 0.01 and is 9.0; "):
+        cli(*config, "--model.optimizer.init_args.lr", "9", "--data.train_size", "64")
+    with pytest.raises(InputError, match=r"model.tune was all and is norms_and_classifier.*--folder.*--fresh"):
+        cli(*config, "--model.tune", "norms_and_classifier")
+    with pytest.raises(InputError, match=r"trainer.callbacks.Recalibrate.batches was None and is 3"):
+        cli(*config, "--trainer.callbacks+=rescompress.lightning.Recalibrate", "--trainer.callbacks.batches=3")
+    with pytest.raises(InputError, match=r"trainer.max_epochs was 1 and is 0"):
+        cli(*config, "--trainer.max_epochs", "0")
+    assert Result.read("a") == first
+
+    cli(*config, "--trainer.max_epochs", "2", "--trainer.log_every_n_steps", "3", "--checkpoint_every", "4")
+    assert Result.read("a").steps == 16
+
+
+def test_scores_of_another_checkpoint_are_not_the_runs(caplog: pytest.LogCaptureFixture) -> None:
+    config = ("--config", write("half.yaml", CONFIG), "--trainer.limit_train_batches", "2")
+    for folder, seed in (("a", "1"), ("b", "2")):
+        cli("fit", *config, "--folder", folder, "--seed_everything", seed)
+    first = Result.read("a")
+    caplog.set_level("INFO")
+
+    test = ("test", *config, "--folder", "a", "--seed_everything", "1")
+    cli(*test, "--ckpt_path", "b/last.ckpt")
+    assert "not written into a/results.json: they are of b/last.ckpt" in caplog.text
+    cli(*test, "--data.test_size", "64")
+    assert "other options: data.test_size was 32 and is 64" in caplog.text
+    assert Result.read("a") == first
+
+    cli(*test, "--ckpt_path", "a/last.ckpt")
+    assert "wrote a/results.json" in caplog.text
+
+
+def test_a_later_test_changes_the_scores_alone() -> None:
+    config = ("--config", write("half.yaml", CONFIG), "--folder", "a")
+    cli("fit", *config)
+    first = Result.read("a")
+    elsewhere = replace(first, hardware={"gpu": "A GPU"}, processes=8, metrics=first.metrics | {"test/accuracy": -1.0})
+    for command in ("test", "fit"):
+        elsewhere.write("a")
+        cli(command, *config)
+        assert Result.read("a") == replace(elsewhere, metrics=first.metrics)
+
+
+def test_what_is_measured_on_another_machine_is_not_beside_the_training() -> None:
+    config = ("--config", write("half.yaml", CONFIG), "--folder", "a")
+    cli("fit", *config)
+    checkpoint = torch.load("a/last.ckpt", weights_only=True)
+    checkpoint["callbacks"]["LastCheckpoint"]["run"] |= {"hardware": {"gpu": "A GPU"}, "processes": 8}
+    torch.save(checkpoint, "a/last.ckpt")
+    Path("a", FILE).unlink()
+
+    cli("test", *config)
+
+    result, row = Result.read("a"), checkpoint["callbacks"]["CostMonitor"]["rows"][-1]
+    assert (result.hardware, result.processes) == ({"gpu": "A GPU"}, 8)
+    measured = ("inference_step_ms", "inference_images_per_s", "inference_peak_bytes")
+    assert {name: result.cost[name] for name in measured} == {name: row[name] for name in measured}
+
+
+def test_a_run_that_its_own_callback_stops_is_finished() -> None:
+    stop = {"class_path": "EarlyStopping", "init_args": {"monitor": "val/loss", "patience": 1, "min_delta": 100.0}}
+    trainer = {**CONFIG["trainer"], "max_epochs": 9, "callbacks": [stop]}
+    config = ("fit", "--config", write("early.yaml", {**CONFIG, "trainer": trainer}), "--folder", "a")
+    cli(*config)
+    first = Result.read("a")
+    assert (first.finished, first.epochs) == (True, 2)
+
+    cli(*config)  # nothing is left to train
+    assert Result.read("a") == first
+
+    cli(*config, "--trainer.max_time", "00:00:00:00", "--fresh")
+    assert not Result.read("a").finished
+
+
+def test_extends_belongs_into_a_config() -> None:
+    write("base.yaml", CONFIG)
+    write("three.yaml", {"extends": "base.yaml", "trainer": {"max_epochs": 3}})
+    with pytest.raises(InputError, match="--extends belongs into a config"):
+        cli("fit", "--config", "base.yaml", "--extends", "three.yaml")
+    assert with_extended(["--conf", "three.yaml"]) == ["--config", "base.yaml", "--config", "three.yaml"]
 
 
 def test_a_config_builds_on_another_one() -> None:

@@ -12,6 +12,7 @@ from rescompress.errors import RescompressWarning
 from rescompress.lightning._costs import COLUMNS, predict, read_rows, shapes_of
 from rescompress.lightning.cost import CostMonitor
 from rescompress.measure import count_macs, count_training_macs, live_activation_bytes, parameter_count
+from rescompress.measure._peak import resident_bytes
 
 # Lightning's advice on tiny data: no workers, few batches, no validation.
 pytestmark = [
@@ -161,6 +162,18 @@ def test_the_peaks_of_training_and_of_validation_are_kept_apart(tmp_path):
         pytest.skip("this system does not forget a peak")
     assert 190e6 < row["training_peak_bytes"] - row["start_bytes"] < 300e6
     assert 45e6 < row["inference_peak_bytes"] - row["start_bytes"] < 150e6
+
+
+def test_what_is_made_before_the_first_test_batch_is_no_part_of_the_peak(tmp_path):
+    class Deploys(Foreign):
+        def on_test_start(self):
+            torch.ones(100_000_000).sum()  # 400 MB
+
+    monitor, before = CostMonitor(), resident_bytes()
+    trainer(tmp_path, monitor).test(Deploys(), loader(), verbose=False)
+    if monitor.summary()["memory_how"] != "VmHWM":
+        pytest.skip("this system does not forget a peak")
+    assert monitor.summary()["inference_peak_bytes"] - before < 250e6
 
 
 class Recorder(Logger):

@@ -1,5 +1,9 @@
-"""Two processes train one model: the same weights on both, those of one process with both batches, one results.json."""
+"""Two processes train one model: the same weights on both, those of one process with both batches, one results.json.
 
+They go on after an interruption as one process does, and score each image once.
+"""
+
+import json
 import os
 import subprocess
 import sys
@@ -11,7 +15,9 @@ import yaml
 
 pytest.importorskip("lightning")
 
-from rescompress.lightning import Classifier, RecipeCLI, Result
+from lightning.pytorch import Trainer
+
+from rescompress.lightning import Classifier, RecipeCLI, Result, Segmenter
 from tests.lightning.tiny import TINY, Tiny
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("one_thread", "seeded")]
@@ -60,3 +66,50 @@ def test_two_processes_train_as_one_does(tmp_path: Path) -> None:
     # 18 test images in uneven shares: each counted once.
     assert result.metrics["test/accuracy"] == pytest.approx(one.metrics["test/accuracy"], abs=1e-6)
     assert result.metrics["test/loss"] == pytest.approx(one.metrics["test/loss"], rel=1e-4)
+
+
+def has_mmseg() -> bool:
+    try:
+        import mmseg.evaluation  # noqa: F401
+    except ImportError:  # OpenCV without the system's libGL raises it, too
+        return False
+    return True
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict]]:
+    """Return the folder that ddp_runs.py wrote into, and what each process told."""
+    folder = tmp_path_factory.mktemp("ranks")
+    segments = ["segments"] if has_mmseg() else []
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "tests/lightning/ddp_runs.py"), str(folder), *segments],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder, [json.loads((folder / f"rank{rank}.json").read_text()) for rank in (0, 1)]
+
+
+def test_two_processes_that_are_interrupted_end_at_the_same_weights(ranks: tuple[Path, list[dict]]) -> None:
+    folder, told = ranks
+
+    for rank, found in enumerate(told):
+        assert (found["stopped"], found["resumed_at"], found["steps"]) == (True, 6, 12)
+        ended = torch.load(folder / f"rank{rank}.pt", weights_only=True)
+        torch.testing.assert_close(ended["resumed"], ended["whole"], rtol=0, atol=0)
+
+
+def test_two_processes_count_the_pixels_of_each_image_once(ranks: tuple[Path, list[dict]]) -> None:
+    pytest.importorskip("mmseg", exc_type=ImportError)
+    module = Segmenter(TINY, num_classes=3, input_size=32, options={"dense": True})
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False}
+
+    (alone,) = Trainer(accelerator="cpu", **quiet).test(module, Tiny(classes=3, dense=True, length=18), verbose=False)
+
+    assert 0 < alone["test/pixel_accuracy"] < 1
+    scores = {name: value for name, value in alone.items() if name != "test/loss"}
+    for found in ranks[1]:
+        assert {name: found["scores"][name] for name in scores} == pytest.approx(scores, abs=1e-6)

@@ -17,7 +17,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 import rescompress as rc
 from rescompress.errors import InputError, RescompressWarning, SpecError
 from rescompress.lightning.recovery import Distill, Distiller, Recalibrate
-from rescompress.recover.batches import Batch
+from rescompress.recover.batches import ModelCall
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning"),
@@ -107,7 +107,7 @@ def test_the_loss_is_that_of_distillation_from_the_original():
     student, teacher = copy.deepcopy(module.model).train(), module.original().eval()
     make_trainer(Distill(**options)).fit(module, loader)
     (data, labels), options["features"] = next(iter(loader)), ("conv2",)
-    expected = rc.Distillation(**options).losses(student, teacher, Batch((data,), {}, labels))
+    expected = rc.Distillation(**options).losses(student, teacher, ModelCall((data,), {}, labels))
     assert set(module.found[0]) == {"loss", "distillation", "features", "labels"}
     for name, loss in expected.items():
         torch.testing.assert_close(torch.tensor(module.found[0][name]), loss.detach())
@@ -116,7 +116,7 @@ def test_the_loss_is_that_of_distillation_from_the_original():
 def test_labels_are_learned_by_the_loss_that_is_given():
     distillation, images = rc.Distillation(label_weight=1.0), torch.rand(2, 3, 8, 8)
     net = nn.Sequential(nn.Flatten(), nn.Linear(192, 5))
-    batch = Batch((images,), {}, torch.tensor([1, 4]))
+    batch = ModelCall((images,), {}, torch.tensor([1, 4]))
 
     found = distillation.losses(net, copy.deepcopy(net), batch, nn.CrossEntropyLoss(label_smoothing=0.3))
 
@@ -241,6 +241,14 @@ def test_at_the_end_the_statistics_are_those_of_plain_images_of_the_test_size():
     torch.testing.assert_close(statistics(module.model), expected)
 
 
+def test_what_is_not_trained_is_recalibrated_as_well():
+    module, data = Taught(), PlainData()
+    before = copy.deepcopy(module.model)
+    make_trainer(Recalibrate(batches=3), max_epochs=0).fit(module, data)
+    expected = recalibrated(before, [batch * 2 for batch, _ in list(labelled())[:3]])
+    torch.testing.assert_close(statistics(module.model), expected)
+
+
 def test_other_data_modules_give_their_training_images_and_see_no_training():
     module, data = Taught(), Data()
     make_trainer(Recalibrate(batches=4), limit_val_batches=0).fit(module, data)
@@ -321,7 +329,7 @@ def test_two_processes_agree_on_sizes_rates_teacher_and_statistics(tmp_path):
     assert one["sizes"] == other["sizes"]
     assert set(one["sizes"]) == {8, 16}
     assert one["rates"] == other["rates"] == [(size / 16) ** 2 for size in one["sizes"]]
-    assert not {i for batch in one["indices"] for i in batch} & {i for batch in other["indices"] for i in batch}
+    assert sorted(i for rank in (one, other) for batch in rank["indices"] for i in batch) == list(range(64))
     assert one["weights"] == other["weights"]  # the gradients were averaged: each rank saw other images
     assert one["state"] == other["state"] == [f"model.{name}" for name in names_of_the_net()]
     # The statistics are those of all images, half of which each process saw.

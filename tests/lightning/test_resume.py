@@ -13,7 +13,7 @@ import yaml
 
 pytest.importorskip("lightning")
 
-from rescompress.lightning import Classifier, RecipeCLI
+from rescompress.lightning import Classifier, RecipeCLI, Result, recovery
 from tests.lightning.tiny import TINY, Stopped, Tiny
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("one_thread", "seeded")]
@@ -54,6 +54,8 @@ def ended_alike(one: Path, other: Path) -> None:
     torch.testing.assert_close(
         first["optimizer_states"][0]["state"], second["optimizer_states"][0]["state"], rtol=0, atol=0
     )
+    scores, again = (Result.read(path).metrics for path in (one, other))
+    assert "val/loss" in scores and scores == again
 
 
 @pytest.mark.parametrize(
@@ -65,6 +67,12 @@ def ended_alike(one: Path, other: Path) -> None:
         pytest.param(16, "validation", {}, id="in the validation"),
         pytest.param(17, "step", {}, id="at the first step of an epoch"),
         pytest.param(13, "step", {"max_epochs": None, "max_steps": 20}, id="a number of steps"),
+        pytest.param(
+            18,
+            "validation",
+            {"max_epochs": None, "max_steps": 18, "val_check_interval": 2},
+            id="in the validation of the last of a number of steps",
+        ),
         pytest.param(5, "step", {"accumulate_grad_batches": 2}, id="accumulated gradients"),
         pytest.param(13, "step", {"val_check_interval": 4}, id="validation within epochs"),
     ],
@@ -77,7 +85,6 @@ def test_an_interrupted_run_ends_at_the_same_weights(tmp_path: Path, at: int, wh
     assert not (tmp_path / "broken" / "results.json").exists()
     run(tmp_path / "broken.yaml", tmp_path / "broken", config(stop, **options))
     ended_alike(tmp_path / "whole", tmp_path / "broken")
-    assert (tmp_path / "broken" / "results.json").exists()
 
 
 def test_a_run_that_is_interrupted_twice_while_gradients_accumulate(tmp_path: Path) -> None:
@@ -90,6 +97,22 @@ def test_a_run_that_is_interrupted_twice_while_gradients_accumulate(tmp_path: Pa
         with pytest.raises(Stopped):
             run(tmp_path / "broken.yaml", tmp_path / "broken", config(*stops, **options))
     run(tmp_path / "broken.yaml", tmp_path / "broken", config(*stops, **options))
+
+    ended_alike(tmp_path / "whole", tmp_path / "broken")
+
+
+def test_a_run_that_is_interrupted_in_its_last_recalibration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped(*_: Any, **__: Any) -> None:
+        raise Stopped
+
+    content = config()
+    content["trainer"]["callbacks"] = [{"class_path": "rescompress.lightning.Recalibrate", "init_args": {"batches": 3}}]
+    run(tmp_path / "whole.yaml", tmp_path / "whole", content)
+
+    with monkeypatch.context() as patched, pytest.raises(Stopped):
+        patched.setattr(recovery, "recalibrate", stopped)
+        run(tmp_path / "broken.yaml", tmp_path / "broken", content)
+    run(tmp_path / "broken.yaml", tmp_path / "broken", content)
 
     ended_alike(tmp_path / "whole", tmp_path / "broken")
 

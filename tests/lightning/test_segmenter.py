@@ -117,6 +117,25 @@ def test_auxiliary_heads_count_less_and_ignored_pixels_nothing() -> None:
     torch.testing.assert_close(module.losses(Batch(images, labels, ("a", "b")))["loss"], expected)
 
 
+def test_a_batch_without_any_label_ends_no_run() -> None:
+    class Blank(Tiny):
+        def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+            batch = super().on_after_batch_transfer(batch, dataloader_idx)
+            if self.trainer.training or "image0.png" in batch.names:
+                batch.labels.fill_(255)
+            return batch
+
+    plain = {"optimizer": lambda groups: torch.optim.SGD(groups, lr=1.0)}
+    module = Segmenter(TINY, num_classes=3, input_size=32, options={"dense": True}, **plain)
+    before = [parameter.clone() for parameter in module.model.parameters()]
+    run = trainer(limit_train_batches=1, limit_val_batches=2, num_sanity_val_steps=0)
+    run.fit(module, datamodule=Blank(classes=3, dense=True))
+    assert float(run.callback_metrics["train/loss"]) == 0
+    torch.testing.assert_close(list(module.model.parameters()), before, rtol=0, atol=0)
+    assert 0 < float(run.callback_metrics["val/loss"]) < 10
+    assert float(run.callback_metrics["val/miou"]) >= 0
+
+
 def write_config(path: Path, model: dict[str, Any]) -> str:
     Config({"model": model, "default_scope": "mmseg"}).dump(path)
     return f"mmseg:{path}"

@@ -75,6 +75,38 @@ def test_other_options_are_another_row(runs: Path, monkeypatch: pytest.MonkeyPat
     assert "| resnet `--trainer.max_epochs=1` | 50.00 | 50.00 to 50.00 | 1 |" in text
 
 
+def test_weights_to_begin_with_are_other_options(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(runs, replace(RUN, command=f"{RUN.command} --data.root elsewhere --model.initial_weights other.ckpt"))
+
+    assert "| resnet `--model.initial_weights=other.ckpt` | 91.00 |" in table_of(runs, monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("how", "shown"), [("VmHWM", "500.00 MB"), ("cuda", "1.50 GB"), ("ru_maxrss", ""), ("none", "")]
+)
+def test_the_training_peak_is_what_training_added(
+    how: str, shown: str, runs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    peak = None if how == "none" else 1_500_000_000
+    cost = {"training_peak_bytes": peak, "start_bytes": 1_000_000_000, "memory_how": how}
+    write(runs, replace(RUN, cost=cost))
+
+    text = table_of(runs, monkeypatch)
+
+    assert f"| 0.078 M |  | {shown} |  |" in text
+    assert ("(`VmHWM` minus `start_bytes`)" in text) == (how == "VmHWM")
+
+
+def test_the_number_of_devices_is_shown(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hardware = {"gpu": "A GPU", "machines": 2}
+    write(runs, replace(RUN, hardware=hardware, processes=8), replace(RUN, config="other"))
+
+    text = table_of(runs, monkeypatch)
+
+    assert "| 8 x A GPU, on 2 machines |" in text
+    assert "| A CPU, 1 of 2 cores |" in text
+
+
 def test_of_one_seed_the_last_run_counts(
     runs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

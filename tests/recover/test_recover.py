@@ -11,14 +11,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import rescompress as rc
-from rescompress.recover.batches import Batch
+from rescompress.recover.batches import ModelCall
 
 
 class Net(nn.Module):
     """A small classifier, or with `dense` a segmentor of the same body."""
 
-    def __init__(self, dense: bool = False) -> None:
+    def __init__(self, dense: bool = False, dropout: float = 0.0) -> None:
         super().__init__()
+        self.dropout = nn.Dropout(dropout)
         self.dense = dense
         self.conv1 = nn.Conv2d(3, 8, 3, padding=1)
         self.bn1 = nn.BatchNorm2d(8)
@@ -29,7 +30,7 @@ class Net(nn.Module):
         y = self.layer1(self.bn1(self.conv1(x)).relu())
         if self.dense:
             return F.interpolate(self.head(y), size=x.shape[-2:], mode="bilinear")
-        return self.head(y.mean((2, 3)))
+        return self.head(self.dropout(y.mean((2, 3))))
 
 
 def images(count: int = 8) -> list[Tensor]:
@@ -38,10 +39,10 @@ def images(count: int = 8) -> list[Tensor]:
     return [F.interpolate(x, size=16, mode="bilinear") for x in coarse]
 
 
-def pair(dense: bool = False) -> tuple[nn.Module, nn.Module]:
+def pair(dense: bool = False, dropout: float = 0.0) -> tuple[nn.Module, nn.Module]:
     """Return a teacher whose logits spread, and what compress makes of it."""
     torch.manual_seed(0)
-    teacher = Net(dense)
+    teacher = Net(dense, dropout)
     with torch.no_grad():
         teacher.head.weight *= 5
     rc.recalibrate(teacher, images())
@@ -52,7 +53,7 @@ def distance(model: nn.Module, teacher: nn.Module) -> float:
     model.eval()
     teacher.eval()
     with torch.no_grad():
-        return sum(float(rc.Distillation().losses(model, teacher, Batch((x,), {}, None))["loss"]) for x in images())
+        return sum(float(rc.Distillation().losses(model, teacher, ModelCall((x,), {}, None))["loss"]) for x in images())
 
 
 @pytest.mark.parametrize(("dense", "left"), [(False, 0.15), (True, 0.6)])
@@ -81,8 +82,9 @@ def test_only_norms_and_the_classifier_are_tuned() -> None:
     assert all(parameter.requires_grad for parameter in small.parameters())
 
 
-def test_a_killed_run_ends_at_the_same_weights(tmp_path: Path) -> None:
-    teacher, whole = pair()
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_a_killed_run_ends_at_the_same_weights(dropout: float, tmp_path: Path) -> None:
+    teacher, whole = pair(dropout=dropout)
     killed = copy.deepcopy(whole)
     rc.recover(whole, teacher, images(), steps=12)
 
@@ -103,9 +105,16 @@ def test_a_killed_run_ends_at_the_same_weights(tmp_path: Path) -> None:
     assert [file.name for file in tmp_path.iterdir()] == ["run.ckpt"]
 
 
+def test_the_random_state_of_the_caller_stays() -> None:
+    teacher, small = pair(dropout=0.5)
+    before = torch.get_rng_state()
+    rc.recover(small, teacher, images(), steps=2)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_features_and_labels_are_learned_from() -> None:
     teacher, small = pair()
-    batch = Batch((images()[0],), {}, torch.arange(8) % 5)
+    batch = ModelCall((images()[0],), {}, torch.arange(8) % 5)
     both = rc.Distillation(features=("layer1",), feature_weight=0.5, label_weight=0.25, temperature=2.0)
     losses = both.losses(small.eval(), teacher.eval(), batch)
     with torch.no_grad():
@@ -125,11 +134,20 @@ def test_dense_labels_are_compared_at_their_own_size_and_255_is_no_class() -> No
     teacher, small = pair(dense=True)
     labels = torch.arange(8 * 32 * 32).reshape(8, 32, 32) % 5
     labels[:, :4] = 255
-    batch = Batch((images()[0],), {}, labels)
+    batch = ModelCall((images()[0],), {}, labels)
     losses = rc.Distillation(label_weight=0.5).losses(small.eval(), teacher.eval(), batch)
     with torch.no_grad():
         logits = F.interpolate(small(batch.args[0]), size=(32, 32), mode="bilinear")
     torch.testing.assert_close(losses["labels"], F.cross_entropy(logits[:, :, 4:], labels[:, 4:]))
+
+
+def test_a_batch_without_any_label_teaches_nothing() -> None:
+    teacher, small = pair(dense=True)
+    call = ModelCall((images()[0],), {}, torch.full((8, 16, 16), 255))
+    losses = rc.Distillation(label_weight=1.0).losses(small.eval(), teacher.eval(), call)
+    losses["loss"].backward()
+    assert float(losses["loss"].detach()) == 0
+    assert all(float(one.grad.abs().max()) == 0 for one in small.parameters() if one.grad is not None)
 
 
 def endless() -> Iterator[Tensor]:
@@ -154,6 +172,23 @@ def test_wrong_use_is_told(tmp_path: Path) -> None:
     rc.recover(small, teacher, images(), steps=2, checkpoint=path)
     with pytest.raises(rc.InputError, match="of a run of 2 steps"):
         rc.recover(small, teacher, images(), steps=3, checkpoint=path)
+    path.write_bytes(path.read_bytes()[:-500])
+    with pytest.raises(rc.InputError, match=r"is damaged or no checkpoint .*delete it"):
+        rc.recover(small, teacher, images(), steps=2, checkpoint=path)
     torch.save({"model": {}}, path)
     with pytest.raises(rc.InputError, match="no checkpoint of recover"):
         rc.recover(small, teacher, images(), steps=2, checkpoint=path)
+    with pytest.raises(rc.InputError, match="is a folder; give the path of a file"):
+        rc.recover(small, teacher, images(), steps=2, checkpoint=tmp_path)
+
+
+def test_a_checkpoint_that_cannot_be_written_is_told_before_the_first_step(tmp_path: Path) -> None:
+    teacher, small = pair()
+    done: list[int] = []
+
+    with pytest.raises(rc.InputError, match=r"nope.run.ckpt cannot be written \(No such file .*; make its folder"):
+        rc.recover(
+            small, teacher, images(), steps=2, checkpoint=tmp_path / "nope" / "run.ckpt", log=lambda *at: done.append(1)
+        )
+
+    assert done == []

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from rescompress.errors import InputError
-from rescompress.lightning.data._augment import FLIPS, crop_and_flip, one_of
-from rescompress.lightning.data._base import ImageData, Size
+from rescompress.lightning.data._augment import FLIPS, crop_and_flip
+from rescompress.lightning.data._base import ImageData, Size, one_of
 from rescompress.lightning.data._loader import Loaded
 
 

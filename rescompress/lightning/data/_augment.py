@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from rescompress.errors import InputError, did_you_mean
+from rescompress.errors import InputError
 from rescompress.lightning.data._order import drawn, uniform
 
 Transform = Callable[[Tensor], Tensor]
@@ -18,17 +18,6 @@ Transform = Callable[[Tensor], Tensor]
 
 POLICIES = ("none", "rand", "trivial")
 FLIPS = ("none", "horizontal", "both")
-
-
-def one_of(option: str, value: str, choices: Sequence[str]) -> str:
-    """Return the value.
-
-    Raises:
-        InputError: it is not one of the choices.
-    """
-    if value not in choices:
-        raise InputError(f"{option} must be one of {', '.join(choices)}; got {value!r}{did_you_mean(value, choices)}")
-    return value
 
 
 def train_transform(

@@ -6,14 +6,16 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from rescompress.errors import InputError
+from rescompress.errors import InputError, RescompressWarning, SpecError
 from rescompress.lightning.batches import Batch
-from rescompress.lightning.data._augment import mixed_images, one_of, resized
+from rescompress.lightning.data._augment import mixed_images, resized
 from rescompress.lightning.data._loader import CorruptFiles, Encoded, EpochLoader, Loaded, make_loader
 from rescompress.lightning.data._order import BatchOrder, EpochOrder, PlainBatches, ResumedBatches
 from rescompress.lightning.data.check import Check
+from rescompress.spec import as_pair, check_choice
 
 if TYPE_CHECKING:
     from rescompress.lightning.resolution import SizeSchedule
@@ -37,7 +39,8 @@ class ImageData(LightningDataModule):
     Args:
         train_size: of the images that the model is trained on, one side or (height, width).
         test_size: of those that it is validated and tested on.
-        test_sizes: test at each of these sizes, sides of squares, instead of `test_size` alone.
+        test_sizes: test at each of these sizes, sides of squares, instead of `test_size` alone, which is one of them:
+            its score is the one of the results table.
         batch_size: on each device.
         test_batch_size: in validation and test; the same by default.
         workers: processes that read and decode.
@@ -87,6 +90,11 @@ class ImageData(LightningDataModule):
         self.train_size = as_size(train_size, "train_size")
         self.test_size = as_size(test_size, "test_size")
         self.test_sizes = test_sizes
+        if test_sizes is not None and self.test_size not in [as_size(size, "test_sizes") for size in test_sizes]:
+            raise InputError(
+                f"test_sizes {list(test_sizes)} lack test_size, {self.test_size[0]} x {self.test_size[1]}, whose score "
+                "is the one of the results table; add it, or set test_size to one of them"
+            )
         self.batch_size = batch_size
         self.test_batch_size = test_batch_size or batch_size
         self.workers = workers
@@ -113,14 +121,24 @@ class ImageData(LightningDataModule):
         raise InputError(f"{type(self).__name__} has no split {split!r}")
 
     def setup(self, stage: str | None = None) -> None:
-        """Look at the folder, before anything is run."""
-        self.checked()
+        """Look at the folder, before anything is run, and warn of what it lacks."""
+        if self._checked is None:
+            for lack in self.checked().lacks:
+                rank_zero_warn(lack, category=RescompressWarning)
 
     def checked(self) -> Check:
         """Return what `check` finds, looking once only."""
         if self._checked is None:
             self._checked = self.check()
         return self._checked
+
+    @property
+    def skipped(self) -> dict[str, int]:
+        """Number of different files of each split that this process could not read and has left out, if there are any.
+
+        Those decoded on the device in validation and test count as of "evaluation".
+        """
+        return {split: len(corrupt.found) for split, corrupt in self.corrupt_files.items() if corrupt.found}
 
     @property
     def train_sizes(self) -> list[Size]:
@@ -257,7 +275,19 @@ def as_size(value: int | Sequence[int], name: str) -> Size:
     Raises:
         InputError: it is no size.
     """
-    sides = (value, value) if isinstance(value, int) else tuple(value)
-    if len(sides) != 2 or any(side < 1 for side in sides):
-        raise InputError(f"{name} must be one side or (height, width), at least 1, got {value}")
-    return int(sides[0]), int(sides[1])
+    try:
+        return as_pair(name, value)
+    except SpecError as error:
+        raise InputError(str(error)) from None
+
+
+def one_of(option: str, value: str, choices: tuple[str, ...]) -> None:
+    """Raise unless a value is one of the choices.
+
+    Raises:
+        InputError: it is not.
+    """
+    try:
+        check_choice(option, value, choices)
+    except SpecError as error:
+        raise InputError(str(error)) from None

@@ -10,11 +10,12 @@ from torch import Tensor
 
 from rescompress.errors import one_line
 from rescompress.lightning.data._base import Size
+from rescompress.lightning.data._images import gathered, readable
 from rescompress.lightning.data._loader import Loaded
 from rescompress.lightning.data._order import drawn
+from rescompress.recover.batches import IGNORED
 
 LABEL_IDS = "_gtFine_labelIds.png"
-IGNORED = 255
 EVALUATED_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
 """The label ids of the 19 classes, in the order of their train ids; all others are ignored."""
 
@@ -64,34 +65,31 @@ class CityscapesImages:
         return len(self.data)
 
     def __getitems__(self, keys: list[tuple[tuple[int, int], int]]) -> Loaded:
+        broken: list[tuple[str, str]] = []
+        transform = self.transforms[keys[0][1]]
         images: list[Tensor] = []
         labels: list[Tensor] = []
         names: list[str] = []
-        broken: list[tuple[str, str]] = []
-        for (index, draw), choice in keys:
-            for other in range(index, index + (min(len(self), 100) if self.training else 1)):
-                entry = self.data.get_data_info(other % len(self))
-                name = Path(entry["img_path"]).name
-                try:
-                    result = self.read(entry)
-                # mmcv fails in as many ways as it has decoders: None for an image, an assertion, errors of OpenCV.
-                except Exception as error:
-                    broken.append((name, one_line(error)))
-                    if self.corrupt == "stop":
-                        return Loaded(torch.empty(0), torch.empty(0), (), broken=tuple(broken))
-                    continue
-                with drawn(draw):
-                    result = self.transforms[choice](result)
-                # mmcv reads blue first.
-                images.append(torch.from_numpy(result["img"][..., ::-1].transpose(2, 0, 1).copy()))
-                labels.append(torch.from_numpy(result["gt_seg_map"].copy()))
-                names.append(name)
-                break
-        return Loaded(
-            torch.stack(images) if images else torch.empty(0),
-            torch.stack(labels) if labels else torch.empty(0),
-            tuple(names),
-            torch.tensor([draw for (_, draw), _ in keys][: len(images)]) if self.training else None,
-            self.size,
-            tuple(broken),
-        )
+        draws: list[int] = []
+        options: Any = {"training": self.training, "corrupt": self.corrupt}
+        for result, index, draw in readable(keys, len(self), self._read, self._name, broken, **options):
+            with drawn(draw):
+                result = transform(result)
+            # mmcv reads blue first.
+            images.append(torch.from_numpy(result["img"][..., ::-1].transpose(2, 0, 1).copy()))
+            labels.append(torch.from_numpy(result["gt_seg_map"].copy()))
+            names.append(self._name(index))
+            draws.append(draw)
+        together = torch.stack(labels) if labels else torch.empty(0)
+        return gathered(images, together, names, draws if self.training else None, self.size, broken)
+
+    def _read(self, index: int, draw: int) -> dict[str, Any]:
+        try:
+            found: dict[str, Any] = self.read(self.data.get_data_info(index))
+        # mmcv fails in as many ways as it has decoders: None for an image, an assertion, errors of OpenCV.
+        except Exception as error:
+            raise OSError(one_line(error)) from error
+        return found
+
+    def _name(self, index: int) -> str:
+        return Path(self.data.get_data_info(index)["img_path"]).name

@@ -2,9 +2,9 @@
 
 import io
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -81,6 +81,52 @@ def _decode_one(file: Tensor, device: torch.device) -> Tensor | Exception:
             return error
 
 
+Read = TypeVar("Read")
+
+
+def readable(
+    keys: Sequence[tuple[tuple[int, int], int]],
+    length: int,
+    read: Callable[[int, int], Read],
+    name: Callable[[int], str],
+    broken: list[tuple[str, str]],
+    *,
+    training: bool,
+    corrupt: str,
+) -> Iterator[tuple[Read, int, int]]:
+    """Give what is read of each sample, its index and its seed; in training the next readable one for a broken one.
+
+    Args:
+        keys: ((index, seed), choice) of each sample.
+        length: number of samples in the data.
+        read: called with index and seed; raises what is in UNREADABLE.
+        name: of the sample of an index.
+        broken: gets (name, reason) of each that cannot be read.
+        training: replace them.
+        corrupt: "stop" ends at the first one.
+
+    Raises:
+        InputError: there is nothing to replace one with.
+    """
+    # A thousand broken files in a row are no accident, and reading on would look like a run that hangs.
+    tries = min(length, 1000) if training else 1
+    for (index, draw), _ in keys:
+        for other in range(index, index + tries):
+            other %= length
+            try:
+                found = read(other, draw)
+            except UNREADABLE as error:
+                broken.append((name(other), one_line(error)))
+                if corrupt == "stop":
+                    return
+                continue
+            yield found, other, draw
+            break
+        else:
+            if training:
+                raise InputError(f"{tries} files in a row cannot be read, such as {broken[-1]}; mend the data")
+
+
 class ImageFiles:
     """Map-style images on disk.
 
@@ -123,25 +169,13 @@ class ImageFiles:
     def __getitems__(self, keys: list[tuple[tuple[int, int], int]]) -> Loaded:
         choice = keys[0][1]
         read = as_they_are if self.encoded else Decoded(self.transforms[choice])
-        found: list[tuple[Tensor, int, int]] = []
         broken: list[tuple[str, str]] = []
-        for (index, draw), _ in keys:
-            # A thousand broken files in a row are no accident, and reading on would look like a run that hangs.
-            for other in range(index, index + (min(len(self), 1000) if self.training else 1)):
-                other %= len(self)
-                name = self.name(other)
-                try:
-                    found.append((read(Path(self.root, name).read_bytes(), draw), other, draw))
-                    break
-                except UNREADABLE as error:
-                    broken.append((name, one_line(error)))
-                    if self.corrupt == "stop":
-                        return Loaded(torch.empty(0), torch.empty(0), (), broken=tuple(broken))
-            else:
-                if self.training:
-                    raise InputError(
-                        f"{len(broken)} files in a row cannot be read, such as {broken[-1]}; mend the data"
-                    )
+
+        def image(index: int, draw: int) -> Tensor:
+            return read(Path(self.root, self.name(index)).read_bytes(), draw)
+
+        options: Any = {"training": self.training, "corrupt": self.corrupt}
+        found = list(readable(keys, len(self), image, self.name, broken, **options))
         return gathered(
             [image for image, _, _ in found],
             self.labels[[index for _, index, _ in found]],

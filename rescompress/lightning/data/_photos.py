@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from rescompress.errors import InputError, one_line
-from rescompress.lightning.data._augment import POLICIES, Transform, one_of, test_transform, train_transform
-from rescompress.lightning.data._base import ImageData, Size
+from rescompress.lightning.data._augment import POLICIES, Transform, test_transform, train_transform
+from rescompress.lightning.data._base import ImageData, Size, one_of
 from rescompress.lightning.data._images import IMAGENET_MEAN, IMAGENET_STD, decode_on, decodes_jpeg
 from rescompress.lightning.data._loader import Loaded
 from rescompress.lightning.data._order import drawn
@@ -27,7 +27,8 @@ class PhotoData(ImageData):
         crop_ratio: in evaluation, share of the image's shorter side that is seen.
         interpolation: "bilinear" or "bicubic".
         decode_on: "workers", or the "device": workers then only read, and decoding and the augmentation of each image
-            happen where the model runs; "auto" is the device where that is a GPU which decodes JPEG.
+            happen where the model runs; "auto" is the device where that is a GPU which decodes JPEG and the images are
+            JPEG by their names. How the two compare in speed has not been measured on a GPU.
         mean: of the channels.
         std: of the channels.
         options: those of `ImageData`.
@@ -90,8 +91,12 @@ class PhotoData(ImageData):
             return self.decode_on == "device"
         if self._decodes is None:
             device = None if self.trainer is None else self.trainer.strategy.root_device
-            self._decodes = device is not None and device.type == "cuda" and decodes_jpeg(device)
+            self._decodes = device is not None and device.type == "cuda" and self.holds_jpeg() and decodes_jpeg(device)
         return self._decodes
+
+    def holds_jpeg(self) -> bool:
+        """Whether the images are JPEG by their names: a GPU's decoder refuses a batch with any other in it."""
+        return False
 
     def decode(self, batch: Loaded) -> Loaded:
         training = batch.draws is not None

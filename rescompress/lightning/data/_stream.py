@@ -8,9 +8,10 @@ that of the streams.
 import hashlib
 import random
 import tarfile
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import count, islice
+from itertools import accumulate, chain, count, islice
 from typing import Any
 
 import torch
@@ -22,8 +23,11 @@ from rescompress.lightning.data._images import UNREADABLE, gathered
 from rescompress.lightning.data._loader import Loaded
 from rescompress.lightning.data._order import even_batches, mixed
 
+Files = tuple[str, dict[str, Any] | str]
+"""Name of a sample, and its files by their suffix, or why they cannot be had."""
+
 Sample = tuple[str, dict[str, Any] | str, int]
-"""Name, files by their suffix (or why they cannot be had), and the seed of its random numbers."""
+"""The same, and the seed of its random numbers."""
 
 
 @dataclass(eq=False, kw_only=True)
@@ -32,14 +36,14 @@ class ShardStream(IterableDataset[Loaded]):
 
     Attributes:
         urls: of all shards
-        images: number of samples in them
+        lengths: number of samples in each, or in all of them as the only number
         read: makes an image of a file, with a seed
         image_keys: suffixes of images
         label_key: suffix of class numbers
         classes: number of classes
         batch_size: of a batch
         training: shuffle; a rank reads its own shards, again where they run out before the epoch does. In evaluation
-            every rank reads all shards, and keeps the samples of its share
+            a worker opens the shards that hold samples of its batches, and all where their lengths are not known
         seed: of the run
         rank: of this process
         world: number of processes
@@ -50,7 +54,7 @@ class ShardStream(IterableDataset[Loaded]):
     """
 
     urls: Sequence[str]
-    images: int
+    lengths: Sequence[int]
     read: Callable[[bytes, int], Tensor]
     image_keys: Sequence[str]
     label_key: str
@@ -89,6 +93,11 @@ class ShardStream(IterableDataset[Loaded]):
     def begin(self, epoch: int, skip: int) -> None:
         """Set where the next iteration starts."""
         self.epoch, self.skip = epoch, skip
+
+    @property
+    def images(self) -> int:
+        """Number of samples in all shards."""
+        return sum(self.lengths)
 
     @property
     def count(self) -> int:
@@ -133,7 +142,7 @@ class ShardStream(IterableDataset[Loaded]):
     def _pass(self, shards: Sequence[int], again: int) -> Iterator[Sample]:
         useful = False
         for shard in shards:
-            for name, files in self._samples(self.urls[shard]):
+            for name, files in samples_of(self.urls[shard]):
                 useful = useful or not isinstance(files, str)
                 yield name, files, int(mixed(self.seed, self.epoch, again, _number(name)))
         if not useful:
@@ -143,37 +152,22 @@ class ShardStream(IterableDataset[Loaded]):
         """Give the batches of these numbers: equally large but for one sample, no sample twice."""
         share = (self.images - self.rank + self.world - 1) // self.world
         small, larger = divmod(share, self.count)
-        own = islice(self._all(), self.rank, None, self.world)
-        for number in range(self.count):
-            size = small + (number < larger)
-            if number in numbers:
-                yield self._batch(islice(own, size))
-            else:
-                next(islice(own, size, size), None)
+        samples = Ordered(self.urls, self.lengths)
+        for number in numbers:
+            first = number * small + min(number, larger)
+            own = range(first, first + small + (number < larger))
+            yield self._batch(self._found(samples, [self.rank + self.world * place for place in own]))
 
-    def _all(self) -> Iterator[Sample]:
-        found = 0
-        for url in self.urls:
-            for name, files in self._samples(url):
-                found += 1
-                yield name, files, 0
-        if found < self.images and self.corrupt == "stop":
-            raise InputError(
-                f"the shards hold {found} samples and {self.images} were expected; count them again by "
-                "scripts/prepare_imagenet.py --index"
-            )
-
-    def _samples(self, url: str) -> Iterator[tuple[str, dict[str, Any] | str]]:
-        from webdataset import gopen, tariterators
-
-        shard = url.rsplit("/", 1)[-1]
-        try:
-            with gopen(url) as stream:
-                files = tariterators.tar_file_expander(iter([{"url": url, "stream": stream}]))
-                for sample in tariterators.group_by_keys(files):
-                    yield f"{shard}/{sample['__key__']}", sample
-        except (*UNREADABLE, EOFError, tarfile.TarError) as error:
-            yield url, one_line(error)
+    def _found(self, samples: "Ordered", places: Sequence[int]) -> Iterator[Sample]:
+        for place in places:
+            sample = samples.at(place)
+            if sample is not None:
+                yield *sample, 0
+            elif self.corrupt == "stop":
+                raise InputError(
+                    f"{samples.where} fewer samples than the {samples.length} that were expected; if nothing is "
+                    "damaged, count them again by scripts/prepare_imagenet.py --index"
+                )
 
     def _batch(self, samples: Iterator[Sample]) -> Loaded:
         """Make a batch of as many samples as there are in `samples`.
@@ -211,8 +205,64 @@ class ShardStream(IterableDataset[Loaded]):
             raise OSError(f"no label in it (.{self.label_key})")
         label = int(files[self.label_key])
         if not 0 <= label < self.classes:
-            raise InputError(f"{name} is of class {label} and num_classes is {self.classes}; give the right number")
+            raise InputError(
+                f"{name} is of class {label} and num_classes is {self.classes}; give the right number by "
+                "--data.num_classes (num_classes=)"
+            )
         return self.read(image, draw), label
+
+
+class Ordered:
+    """Samples by their place among all, asked for in rising order; shards of which none is asked for stay closed.
+
+    Args:
+        urls: of all shards.
+        lengths: number of samples in each; with another number of them, all shards are read as one.
+    """
+
+    def __init__(self, urls: Sequence[str], lengths: Sequence[int]) -> None:
+        self.parts = [[url] for url in urls] if len(urls) == len(lengths) else [list(urls)]
+        self.lengths = lengths
+        self.ends = list(accumulate(lengths))
+        self.part = -1
+        self.samples: Iterator[tuple[int, Files]] = iter(())
+
+    def at(self, place: int) -> Files | None:
+        """Return the sample, or None if its shard ends before it."""
+        part = bisect_right(self.ends, place)
+        if part != self.part:
+            self.part = part
+            files = chain.from_iterable(samples_of(url) for url in self.parts[part])
+            self.samples = enumerate(files, self.ends[part] - self.length)
+        return next((sample for number, sample in self.samples if number == place), None)
+
+    @property
+    def length(self) -> int:
+        """Number of samples that the open shard should hold."""
+        return self.lengths[self.part]
+
+    @property
+    def where(self) -> str:
+        """The open shard, for a message."""
+        return f"{self.parts[self.part][0]} holds" if len(self.parts) > 1 else "the shards hold"
+
+
+def samples_of(url: str) -> Iterator[Files]:
+    """Give the samples of a shard; why the rest cannot be had as the last one, if it is damaged."""
+    from webdataset import gopen, tariterators
+
+    shard = url.rsplit("/", 1)[-1]
+    closing = False
+    try:
+        with gopen(url) as stream:
+            files = tariterators.tar_file_expander(iter([{"url": url, "stream": stream}]))
+            for sample in tariterators.group_by_keys(files):
+                closing = True
+                yield f"{shard}/{sample['__key__']}", sample
+                closing = False
+    except (*UNREADABLE, EOFError, tarfile.TarError) as error:
+        if not closing:  # else a command behind a pipe says that nobody reads what it still has to write
+            yield url, one_line(error)
 
 
 def _number(name: str) -> int:

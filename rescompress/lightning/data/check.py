@@ -25,6 +25,7 @@ class Check:
         splits: for each split, the number of images of each class (for dense prediction: of each city)
         kind: what the counts of a split belong to
         notes: further things worth knowing, one sentence each
+        lacks: what a run should warn of as well, likewise
     """
 
     name: str
@@ -32,6 +33,7 @@ class Check:
     splits: Mapping[str, Mapping[str, int]]
     kind: str = "class"
     notes: tuple[str, ...] = ()
+    lacks: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         lines = [f"{self.name} in {self.root}"]
@@ -41,7 +43,7 @@ class Check:
             spread = f"{least:,}" if least == most else f"{least:,} to {most:,}"
             total = sum(counts.values())
             lines.append(f"  {split:<6} {total:>10,} images  {len(counts):>5,} {plural}, {spread} images in each")
-        return "\n".join([*lines, *(f"  {note}" for note in self.notes)])
+        return "\n".join([*lines, *(f"  {note}" for note in (*self.lacks, *self.notes))])
 
     def table(self) -> str:
         """Return the number of images of every class in every split, one line each."""
@@ -107,5 +109,6 @@ def check_count(name: str, found: int, expected: int | None) -> None:
     """
     if expected is not None and found != expected:
         raise InputError(
-            f"{name} holds {found} classes and num_classes is {expected}; give the right number, or mend the folder"
+            f"{name} holds {found} classes and num_classes is {expected}; give the right number by --data.num_classes "
+            "(num_classes=), or mend the folder"
         )

@@ -10,9 +10,10 @@ from typing import Any
 
 from rescompress.errors import InputError
 from rescompress.lightning.data._base import ImageData, Size, as_size
-from rescompress.lightning.data._cityscapes import IGNORED, LABEL_IDS, CityscapesImages, unchanged
+from rescompress.lightning.data._cityscapes import LABEL_IDS, CityscapesImages, unchanged
 from rescompress.lightning.data._images import IMAGENET_MEAN, IMAGENET_STD
 from rescompress.lightning.data.check import Check, existing_folder, wrong_layout
+from rescompress.recover.batches import IGNORED
 
 IMAGE = "_leftImg8bit.png"
 TRAIN_IDS = "_gtFine_labelTrainIds.png"
@@ -67,6 +68,8 @@ class Cityscapes(ImageData):
         std: Sequence[float] = IMAGENET_STD,
         **options: Any,
     ) -> None:
+        if options.get("test_sizes") is not None:
+            raise InputError("Cityscapes is tested at one size; give test_size, (height, width), and leave test_sizes")
         super().__init__(
             train_size=train_size,
             test_size=test_size,
@@ -78,8 +81,6 @@ class Cityscapes(ImageData):
         )
         if self.mixup or self.cutmix:
             raise InputError("mixup and cutmix need one class per image; leave them at 0 for Cityscapes")
-        if self.test_sizes is not None:
-            raise InputError("Cityscapes is tested at one size; give test_size, (height, width), and leave test_sizes")
         if not 0 < ratio_range[0] <= ratio_range[1]:
             raise InputError(f"ratio_range must be (least, largest) factor, got {tuple(ratio_range)}")
         self.root = root

@@ -15,8 +15,7 @@ from torch import Tensor
 
 from rescompress.errors import InputError, one_line
 from rescompress.lightning.data._arrays import ArrayData, ArraySource, class_counts
-from rescompress.lightning.data._augment import one_of
-from rescompress.lightning.data._base import Size
+from rescompress.lightning.data._base import Size, one_of
 from rescompress.lightning.data._images import UNREADABLE
 from rescompress.lightning.data._order import mixed
 from rescompress.lightning.data.check import Check, existing_folder, wrong_layout

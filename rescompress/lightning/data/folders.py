@@ -7,6 +7,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from rescompress.errors import InputError
 from rescompress.lightning.data._base import Size
 from rescompress.lightning.data._images import ImageFiles
 from rescompress.lightning.data._photos import PhotoData
@@ -46,7 +47,7 @@ class ImageFolders(PhotoData):
         folder = existing_folder(self.root, "images", TREE)
         self.class_names = tuple(_class_folders(folder / "train"))
         self.num_classes = len(self.class_names)
-        notes = []
+        lacks = []
         counts = {}
         for split in ("train", "val"):
             classes = _class_folders(folder / split)
@@ -54,10 +55,11 @@ class ImageFolders(PhotoData):
             if unknown:
                 raise wrong_layout(f"{folder / split} has classes that train has not: {_some(unknown)}", TREE)
             if len(classes) < self.num_classes:
-                notes.append(f"{split} has no images of {self.num_classes - len(classes)} classes of train")
+                lacking = sorted(set(self.class_names) - set(classes))
+                lacks.append(f"{folder / split} has no images of {len(lacking)} classes of train: {_some(lacking)}")
             counts[split] = self._list(folder, split, classes)
         check_count(str(folder), self.num_classes, self._expected)
-        return Check(name="Image folders", root=str(folder), splits=counts, notes=tuple(notes))
+        return Check(name="Image folders", root=str(folder), splits=counts, lacks=tuple(lacks))
 
     def _list(self, folder: Path, split: str, classes: list[str]) -> dict[str, int]:
         from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
@@ -81,6 +83,9 @@ class ImageFolders(PhotoData):
         """Return the files of a split, relative to the root, and their classes, once `setup` has found them."""
         return self._listed["train" if split == "train" else "val"]
 
+    def holds_jpeg(self) -> bool:
+        return all(path.lower().endswith((".jpg", ".jpeg")) for paths, _ in self._listed.values() for path in paths)
+
     def source(self, split: str, sizes: list[Size], training: bool) -> ImageFiles:
         paths, labels = self.listed(split)
         return ImageFiles(
@@ -101,9 +106,18 @@ def _class_folders(folder: Path) -> list[str]:
     Raises:
         InputError: there is no folder, or none in it.
     """
+    classes = []
+    if folder.is_dir():
+        classes = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    tars = [] if classes else [*folder.glob("*.tar"), *folder.parent.glob(f"*{folder.name}*.tar")]
+    if tars:
+        raise InputError(
+            f"{folder.parent} holds tar files of {folder.name}, such as {tars[0].name}, and no class folders: shards "
+            f"are read by ImageShards, and `python scripts/prepare_imagenet.py {folder.parent} --index` writes the "
+            "_info.json that they need; archives of images must be unpacked"
+        )
     if not folder.is_dir():
         raise wrong_layout(f"{folder} does not exist", TREE)
-    classes = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     if not classes:
         loose = sum(1 for entry in folder.iterdir() if entry.is_file())
         what = f"holds {loose} files and no class folders: the labels are missing" if loose else "is empty"

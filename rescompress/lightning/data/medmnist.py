@@ -20,13 +20,13 @@ from rescompress.lightning.data.check import Check, existing_folder, wrong_layou
 SIZES = (28, 64, 128, 224)
 SPLITS = ("train", "val", "test")
 TREE = """
-ROOT/                      (python -m medmnist download --root=ROOT --size=28 fetches the files of a size)
-    pathmnist.npz          28 x 28
-    pathmnist_64.npz       64 x 64
-    pathmnist_128.npz
-    pathmnist_224.npz
-    pathmnist_224/         optional: the arrays of that file as .npy, read without loading them whole
-        train_images.npy   (python scripts/prepare_medical.py ROOT --unpack makes them)
+ROOT/                      (python -m medmnist download --root=ROOT --size={side} fetches all sets at this size)
+    {name}.npz          28 x 28
+    {name}_64.npz       64 x 64
+    {name}_128.npz
+    {name}_224.npz
+    {name}_224/         optional: the arrays of that file as .npy, read without loading them whole
+        train_images.npy   (python scripts/prepare_medical.py ROOT --name {name} --sizes 224 --unpack makes them)
         ...
 """
 
@@ -85,7 +85,7 @@ class MedMNIST(ArrayData):
         return "multi-label" in str(self.info["task"])
 
     def check(self) -> Check:
-        folder = existing_folder(self.root, "MedMNIST", TREE)
+        folder = existing_folder(self.root, "MedMNIST", self._tree(self._source(self.train_sizes)))
         for split, sizes in (
             ("train", self.train_sizes),
             *(("test", [(side, side)]) for side in self.test_sizes or ()),
@@ -168,7 +168,11 @@ class MedMNIST(ArrayData):
 
     def _missing(self, side: int) -> InputError:
         link = self.info.get("url" if side == 28 else f"url_{side}", "")
-        return wrong_layout(f"{self._file(side)} does not exist (it is at {link})", TREE)
+        return wrong_layout(f"{self._file(side)} does not exist (it is at {link})", self._tree(side))
+
+    def _tree(self, side: int) -> str:
+        """Return the expected layout, with how to get the files of a size."""
+        return TREE.format(name=self.name, side=side)
 
     def unpack(self, side: int) -> Path:
         """Write the arrays of a file as .npy beside it, so that they need not fit in memory; return the folder."""

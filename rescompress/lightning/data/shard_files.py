@@ -2,12 +2,22 @@
 
 import json
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import chain, islice
 from pathlib import Path
 
-from rescompress.errors import InputError
+import torch
+
+from rescompress.errors import InputError, one_line
+from rescompress.lightning.data._base import one_of
+from rescompress.lightning.data._images import UNREADABLE, decode
 from rescompress.lightning.data.check import wrong_layout
+from rescompress.lightning.data.folders import ImageFolders
 from rescompress.lightning.data.shards import INFO, SPLITS, TREE
+
+AHEAD = 256
+"""Images that are read before they are written, and so in memory together."""
 
 
 def count_samples(shard: Path) -> int:
@@ -28,6 +38,13 @@ def count_samples(shard: Path) -> int:
     return len(keys)
 
 
+def shards_in(root: Path, split: str) -> list[Path]:
+    """Return the tar files of a split: those in ROOT/train or ROOT/val (or validation), else those so named in ROOT."""
+    names = SPLITS[split]
+    shards = sorted(path for name in names for path in (root / name).glob("*.tar"))
+    return shards or sorted(path for name in names for path in root.glob(f"*{name}*.tar"))
+
+
 def write_index(root: Path) -> Path:
     """Count the samples of the shards in ROOT/train and ROOT/val (or validation), and write `_info.json`.
 
@@ -35,9 +52,8 @@ def write_index(root: Path) -> Path:
         InputError: there are none.
     """
     splits = {}
-    for split, names in SPLITS.items():
-        shards = sorted(path for name in names for path in (root / name).glob("*.tar"))
-        shards = shards or sorted(path for name in names for path in root.glob(f"*{name}*.tar"))
+    for split in SPLITS:
+        shards = shards_in(root, split)
         if not shards:
             raise wrong_layout(f"{root} has no shards of {split}", TREE)
         lengths = [count_samples(shard) for shard in shards]
@@ -55,28 +71,105 @@ def write_index(root: Path) -> Path:
 
 
 def write_shards(
-    root: Path, files: Sequence[str], labels: Sequence[int], order: Sequence[int], out: Path, images_per_shard: int
-) -> None:
-    """Write images to tar files, as they are, in the given order.
+    folders: ImageFolders, out: Path, *, images_per_shard: int = 1000, seed: int = 0, corrupt: str = "stop"
+) -> dict[str, str]:
+    """Write the images of folders, as they are, to OUT/{train,val}/imagenet-SPLIT-000000.tar, ..., and their index.
+
+    Each is decoded on the way, by as many threads as the DataModule has workers.
 
     Args:
-        root: folder that the files' names are relative to.
-        files: names of the images.
-        labels: their classes.
-        order: indices of all images, in the order in which they are written.
-        out: the shards are OUT-000000.tar, ...
-        images_per_shard: number of images in each.
+        folders: of the images.
+        out: folder of the shards, of `classes.txt` and `_info.json`.
+        images_per_shard: number of images in each; the last one may hold fewer.
+        seed: of the order of the images.
+        corrupt: files that cannot be read: "stop", or "skip" them.
+
+    Returns:
+        The files that were left out, and why.
+
+    Raises:
+        InputError: there are shards already, or a file cannot be read; nothing that this call wrote is then kept.
     """
+    one_of("corrupt", corrupt, ("stop", "skip"))
+    if images_per_shard < 1:
+        raise InputError(f"images_per_shard must be at least 1, got {images_per_shard}")
+    folders.setup()
+    for split in SPLITS:
+        there = shards_in(out, split)
+        if there:  # of another number or order of images, they would be counted with the new ones
+            raise InputError(
+                f"{out} holds {len(there)} shard(s) of {split} already, such as {there[0].name}; give another folder, "
+                "or remove them"
+            )
+    left_out: dict[str, str] = {}
+    try:
+        for split in SPLITS:
+            _write_split(folders, split, out / split, images_per_shard, seed, corrupt, left_out)
+        (out / "classes.txt").write_text("\n".join(folders.class_names) + "\n")
+        write_index(out)
+    except BaseException:  # half of the shards would stand in the way of the next try
+        for split in SPLITS:
+            for suffix in ("tar", "part"):
+                for shard in (out / split).glob(f"imagenet-{split}-*.{suffix}"):
+                    shard.unlink()
+        raise
+    return left_out
+
+
+def _write_split(
+    folders: ImageFolders,
+    split: str,
+    out: Path,
+    images_per_shard: int,
+    seed: int,
+    corrupt: str,
+    left_out: dict[str, str],
+) -> None:
     import webdataset
 
-    out.parent.mkdir(parents=True, exist_ok=True)
-    for shard, first in enumerate(range(0, len(order), images_per_shard)):
-        target = out.with_name(f"{out.name}-{shard:06d}.tar")
+    def samples() -> Iterator[dict[str, object]]:
+        number = 0
+        for name, label, found in _read(folders, split, seed):
+            if isinstance(found, bytes):
+                suffix = Path(name).suffix[1:].lower().replace("jpeg", "jpg")
+                yield {"__key__": f"{number:08d}", "cls": str(label).encode(), suffix: found}
+                number += 1
+            elif corrupt == "skip":
+                left_out[name] = found
+            else:
+                raise InputError(
+                    f"{name} cannot be read: {found}; mend or remove it, or set corrupt: skip (--corrupt skip), which "
+                    "leaves such files out and counts them"
+                )
+
+    out.mkdir(parents=True, exist_ok=True)
+    given = samples()
+    for shard, sample in enumerate(given):
+        target = out / f"imagenet-{split}-{shard:06d}.tar"
         partial = target.with_suffix(".part")
         with partial.open("wb") as stream, webdataset.TarWriter(stream) as writer:
-            for number in range(first, min(first + images_per_shard, len(order))):
-                name = files[order[number]]
-                suffix = Path(name).suffix[1:].lower().replace("jpeg", "jpg")
-                sample = {"__key__": f"{number:08d}", "cls": str(labels[order[number]]).encode()}
-                writer.write(sample | {suffix: (root / name).read_bytes()})
+            for one in chain([sample], islice(given, images_per_shard - 1)):
+                writer.write(one)
         partial.replace(target)
+
+
+def _read(folders: ImageFolders, split: str, seed: int) -> Iterator[tuple[str, int, bytes | str]]:
+    """Give the name of each image of a split, its class, and its bytes or why they cannot be decoded."""
+    root = Path(folders.root).expanduser()
+    files, labels = folders.listed(split)
+    # Streams are shuffled within a buffer only: classes must not follow each other in the shards.
+    order = torch.randperm(len(files), generator=torch.Generator().manual_seed(seed)).tolist()
+
+    def checked(index: int) -> bytes | str:
+        try:
+            found = (root / files[index]).read_bytes()
+            decode(found)
+        except UNREADABLE as error:
+            return one_line(error)
+        return found
+
+    with ThreadPoolExecutor(max(1, folders.workers)) as pool:
+        for first in range(0, len(order), AHEAD):
+            some = order[first : first + AHEAD]
+            for index, found in zip(some, pool.map(checked, some), strict=True):
+                yield files[index], labels[index], found

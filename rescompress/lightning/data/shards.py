@@ -13,10 +13,11 @@ from rescompress.lightning.data._base import Size
 from rescompress.lightning.data._images import Decoded, as_they_are
 from rescompress.lightning.data._loader import EpochLoader, Loaded, make_loader
 from rescompress.lightning.data._photos import PhotoData
-from rescompress.lightning.data._stream import ShardStream
+from rescompress.lightning.data._stream import ShardStream, samples_of
 from rescompress.lightning.data.check import Check, existing_folder, wrong_layout
 
 INFO = "_info.json"
+CLASSES = "classes.txt"
 SPLITS = {"train": ("train",), "val": ("val", "validation")}
 TREE = """
 ROOT/
@@ -106,17 +107,24 @@ class ImageShards(PhotoData):
             missing = [url for url in self._shards[split][0] if ":" not in url and not Path(url).is_file()]
             if missing:
                 raise wrong_layout(f"{len(missing)} shards of {split} do not exist, such as {missing[0]}", TREE)
-        names_file = Path(self.root, "classes.txt")
-        if names_file.is_file():
-            self.class_names = tuple(names_file.read_text().split("\n")[: self.num_classes])
-            found = len(names_file.read_text().strip().split("\n"))
-            if found != self.num_classes:
+        named = named_classes(self.root)
+        if named:
+            self.class_names = named[: self.num_classes]
+            if len(named) != self.num_classes:
                 raise InputError(
-                    f"{names_file} names {found} classes and num_classes is {self.num_classes}; give the right number"
+                    f"{Path(self.root, CLASSES)} names {len(named)} classes and num_classes is {self.num_classes}; "
+                    "give the right number by --data.num_classes (num_classes=)"
                 )
         else:
             notes.append(f"no classes.txt: classes are named by their numbers, 0 to {self.num_classes - 1}")
         return Check(name="Shards", root=self.root, splits=counts, kind="shard", notes=tuple(notes))
+
+    def holds_jpeg(self) -> bool:
+        jpeg = {"jpg", "jpeg"}
+        if jpeg >= set(self.image_keys):
+            return True
+        _, files = next(samples_of(self._shards["train"][0][0]), ("", ""))  # the first sample stands for all
+        return not isinstance(files, str) and next((key for key in self.image_keys if key in files), "") in jpeg
 
     def _loader(
         self, split: str, *, training: bool, size: Size | None = None, shuffle: bool | None = None
@@ -130,7 +138,7 @@ class ImageShards(PhotoData):
         largest = max(self.train_sizes) if training else size or self.test_size
         stream = ShardStream(
             urls=urls,
-            images=sum(lengths),
+            lengths=lengths,
             read=as_they_are if self.on_device else Decoded(self.transforms([largest], training)[0]),
             image_keys=self.image_keys,
             label_key=self.label_key,
@@ -160,6 +168,12 @@ class ImageShards(PhotoData):
             shares=(world, self.batch_size),
             number=numbered,
         )
+
+
+def named_classes(root: str | Path) -> tuple[str, ...]:
+    """Return the names of the classes of shards, of `classes.txt`; none if there is no such file."""
+    file = Path(root, CLASSES).expanduser()
+    return tuple(file.read_text().strip().split("\n")) if file.is_file() else ()
 
 
 def _listed(folder: Path, split: str) -> tuple[list[str], list[int]]:

@@ -122,6 +122,15 @@ def test_a_corrupt_image_stops_the_run_or_is_replaced(tmp_path: Path) -> None:
     assert broken not in found
 
 
+def test_images_of_which_none_can_be_read_stop_the_run(tmp_path: Path) -> None:
+    root = layouts.cityscapes(tmp_path / "data", train=3)
+    for file in root.glob("leftImg8bit/train/*/*.png"):
+        file.write_bytes(b"no image")
+
+    with pytest.raises(InputError, match=r"3 files in a row cannot be read, such as .*leftImg8bit\.png"):
+        list(made(root, corrupt="skip").batches())
+
+
 def test_cities_are_counted(tmp_path: Path) -> None:
     check = made(layouts.cityscapes(tmp_path / "data", train=5)).check()
 

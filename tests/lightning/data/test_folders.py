@@ -112,6 +112,21 @@ def test_a_corrupt_file_is_left_out_of_the_evaluation(where: str, tmp_path: Path
     assert found == [name for name in whole if name != broken]
 
 
+@pytest.mark.filterwarnings("ignore:.*were skipped")
+@pytest.mark.parametrize(("where", "evaluation"), [("workers", "val"), ("device", "evaluation")])
+def test_skipped_files_are_counted_once_for_each_split(where: str, evaluation: str, tmp_path: Path) -> None:
+    root = layouts.image_folders(tmp_path / "data")
+    for broken in (BROKEN, BROKEN.replace("_3", "_6"), "val/n00000001/ILSVRC2012_val_10002.JPEG"):
+        cut_short(root / broken)
+    data = made(root, corrupt="skip", decode_on=where)
+
+    assert data.skipped == {}
+    for split in ("train", "val", "val"):
+        list(data.batches(split))
+
+    assert data.skipped == {"train": 2, evaluation: 1}
+
+
 def test_files_of_other_formats_and_colours_are_read(tmp_path: Path) -> None:
     root = layouts.image_folders(tmp_path / "data")
     folder = root / "val" / "n00000000"
@@ -143,10 +158,22 @@ def test_files_are_decoded_on_a_gpu_that_can(
     kind: str, decodes: bool, on_device: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = made(layouts.image_folders(tmp_path / "data"))
+    data.setup()
     data.trainer = SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device(kind)))  # type: ignore[assignment]
     monkeypatch.setattr(_photos, "decodes_jpeg", lambda device: decodes)
 
     assert data.on_device == on_device
+
+
+def test_files_of_another_format_are_left_to_the_workers(tmp_path: Path) -> None:
+    root = layouts.image_folders(tmp_path / "data")
+    Image.new("L", (20, 20)).save(root / "val" / "n00000000" / "black.PNG")
+    jpeg, mixed = made(layouts.image_folders(tmp_path / "other")), made(root)
+    jpeg.setup()
+    mixed.setup()
+
+    assert jpeg.holds_jpeg()
+    assert not mixed.holds_jpeg()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
@@ -192,6 +219,16 @@ def test_a_wrong_layout_is_shown_the_expected_tree(how: str, message: str, tmp_p
     assert "ROOT/\n    train/\n        n01440764/" in str(error.value)
 
 
+def test_a_class_that_is_trained_and_not_tested_is_warned_of_once(tmp_path: Path) -> None:
+    root = layouts.image_folders(tmp_path / "data")
+    (root / "val" / "n00000002").rename(tmp_path / "elsewhere")
+    data = made(root)
+
+    with pytest.warns(RescompressWarning, match="val has no images of 1 classes of train: n00000002"):
+        data.setup()
+    data.setup()  # a second warning would be an error
+
+
 def test_a_wrong_number_of_classes_is_told(tmp_path: Path) -> None:
     root = layouts.image_folders(tmp_path / "data")
 
@@ -207,7 +244,8 @@ def test_a_wrong_number_of_classes_is_told(tmp_path: Path) -> None:
         ({"policy": "ran"}, "did you mean 'rand'"),
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
         ({"test_batch_size": 0}, "test_batch_size must be at least 1, got 0"),
-        ({"train_size": (16, 0)}, "train_size must be one side"),
+        ({"train_size": (16, 0)}, r"train_size must be an int or a \(height, width\) of at least 1, got \(16, 0\)"),
+        ({"test_sizes": [8, 32]}, r"test_sizes \[8, 32\] lack test_size, 16 x 16"),
         ({"scale": (0.5, 0.1)}, "scale must be"),
         ({"mixup": -1.0}, "at least 0"),
         ({"std": (0.0,)}, "one or three channels|std above 0"),

@@ -152,7 +152,7 @@ def test_training_images_without_augmentation_are_shuffled(name: str, tmp_path: 
 
 @pytest.mark.parametrize("name", [name for name in MODULES if name != "cityscapes"])
 def test_each_test_size_has_its_loader(name: str, tmp_path: Path) -> None:
-    data = MODULES[name](tmp_path / "data", test_sizes=[8, 24])
+    data = MODULES[name](tmp_path / "data", test_size=24, test_sizes=[8, 24])
     data.setup()
 
     loaders = data.test_dataloader()

@@ -1,7 +1,9 @@
 """scripts/prepare_*.py: what they count, what they find wrong, and the shards and indices that they write."""
 
 import json
+import re
 import runpy
+import shlex
 import sys
 from pathlib import Path
 
@@ -12,7 +14,9 @@ pytest.importorskip("lightning")
 from rescompress.lightning.data import ImageShards
 from tests.lightning import layouts
 
-SCRIPTS = Path(__file__).parents[3] / "scripts"
+ROOT = Path(__file__).parents[3]
+SCRIPTS = ROOT / "scripts"
+BROKEN = "val/n00000001/ILSVRC2012_val_10002.JPEG"
 
 
 def run(monkeypatch: pytest.MonkeyPatch, name: str, *arguments: object) -> None:
@@ -47,6 +51,86 @@ def test_shards_are_written_of_folders(
     assert sorted(labels) == [0] * 4 + [1] * 4 + [2] * 4
     assert labels != sorted(labels)
     assert data.class_names == ("n00000000", "n00000001", "n00000002")
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_shards_are_not_written_beside_others_of_the_same_split(
+    split: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, out = layouts.image_folders(tmp_path / "data"), tmp_path / "shards"
+    stale = out / split / "other-000007.tar"
+    stale.parent.mkdir(parents=True)
+    stale.touch()
+
+    message = rf"^error: .*shards holds 1 shard\(s\) of {split} already, such as other-000007.tar; give another folder"
+    with pytest.raises(SystemExit, match=message):
+        run(monkeypatch, "prepare_imagenet", root, "--write-shards", out)
+
+    assert [path for path in out.rglob("*") if path.is_file()] == [stale]
+
+
+def test_a_corrupt_image_ends_the_writing_of_shards_and_leaves_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, out = layouts.image_folders(tmp_path / "data"), tmp_path / "shards"
+    (root / BROKEN).write_bytes((root / BROKEN).read_bytes()[:-200])
+
+    with pytest.raises(SystemExit, match=rf"^error: {BROKEN} cannot be read: .*truncated.*--corrupt skip"):
+        run(monkeypatch, "prepare_imagenet", root, "--write-shards", out, "--images-per-shard", 5)
+
+    assert not [path for path in out.rglob("*") if path.is_file()]
+
+
+def test_a_corrupt_image_is_left_out_of_shards_if_asked_for_and_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root, out = layouts.image_folders(tmp_path / "data"), tmp_path / "shards"
+    (root / BROKEN).write_bytes(b"no image")
+    options = ("--images-per-shard", 5, "--corrupt", "skip", "--decode", "--workers", 2)
+
+    run(monkeypatch, "prepare_imagenet", root, "--write-shards", out, *options)
+
+    found = capsys.readouterr().out
+    assert f"1 file(s) cannot be read and were left out:\n  {BROKEN}: " in found
+    assert "val            11 images      3 shards, 1 to 5 images in each" in found
+    assert found.endswith("0 file(s) cannot be read\n")
+
+
+def test_shards_are_not_made_of_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = layouts.shards(tmp_path / "data")
+
+    with pytest.raises(SystemExit, match=r"--write-shards makes shards of folders of images, and .*data is of shards"):
+        run(monkeypatch, "prepare_imagenet", root, "--write-shards", tmp_path / "shards")
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_shards_without_an_index_are_told_how_to_get_one(
+    flat: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = layouts.shards(tmp_path / "data")
+    (root / "_info.json").unlink()
+    if flat:
+        for shard in [*root.glob("*/*.tar")]:
+            shard.rename(root / shard.name)
+        (root / "train").rmdir()
+
+    message = r"data holds tar files of train, such as imagenet-train-.*prepare_imagenet.py .*data --index` writes"
+    with pytest.raises(SystemExit, match=message):
+        run(monkeypatch, "prepare_imagenet", root)
+    run(monkeypatch, "prepare_imagenet", root, "--index")
+
+
+def test_the_classes_of_shards_are_as_many_as_their_file_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = layouts.shards(tmp_path / "data")
+    (root / "classes.txt").write_text("tench\ngoldfish\nshark\n")
+
+    run(monkeypatch, "prepare_imagenet", root, "--index", "--decode", "--workers", 0)
+
+    assert "0 file(s) cannot be read" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match=r"names 3 classes and num_classes is 5; .* --data.num_classes"):
+        run(monkeypatch, "prepare_imagenet", root, "--classes", 5)
 
 
 def test_shards_are_counted_again(
@@ -96,6 +180,38 @@ def test_medmnist_is_counted_and_unpacked(
     assert "MedMNIST pathmnist (64 pixels)" in found
     assert "smooth muscle" in found
     assert (root / "pathmnist_64" / "train_images.npy").is_file()
+
+
+def test_the_check_of_the_recipes_reads_the_file_that_they_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("medmnist")
+    command = re.search(r"`python scripts/(prepare_medical)\.py ([^`]*)`", (ROOT / "recipes/README.md").read_text())
+    assert command
+    # The recipes' tests run every config of medical on a folder with no other file.
+    layouts.medmnist(tmp_path / "data/medmnist", sizes=(224,))
+    monkeypatch.chdir(tmp_path)
+
+    run(monkeypatch, command[1], *shlex.split(command[2]))
+
+    assert "MedMNIST pathmnist (224 pixels)" in capsys.readouterr().out
+
+
+def test_a_missing_file_of_medmnist_is_told_how_to_get_and_unpack_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("medmnist")
+    root = layouts.medmnist(tmp_path / "data", name="bloodmnist", classes=8)
+
+    with pytest.raises(SystemExit, match=r"bloodmnist_224.npz does not exist") as error:
+        run(monkeypatch, "prepare_medical", root, "--name", "bloodmnist", "--sizes", 224)
+
+    assert "python -m medmnist download --root=ROOT --size=224 " in str(error.value)
+    unpack = re.search(r"python scripts/(prepare_medical)\.py ROOT (.*) makes them", str(error.value))
+    assert unpack
+    layouts.medmnist(root, name="bloodmnist", classes=8, sizes=(224,))
+    run(monkeypatch, unpack[1], root, *unpack[2].split())
+    assert (root / "bloodmnist_224" / "train_images.npy").is_file()
 
 
 def test_the_small_sets_are_counted(
