@@ -158,5 +158,5 @@ def _anatomy(module: nn.Module, one: dict[str, Any]) -> Anatomy:
             anatomy = describe(stand_in, *default_args(stand_in, size))
     if one["host"]:
         anatomy = inside(anatomy, one["host"])
-    height, width = one.get("example_size", size)
-    return replace(anatomy, multiple=int(one["multiple"]), outer_size=(int(height), int(width)))
+    outer = one.get("outer_size")
+    return replace(anatomy, multiple=int(one["multiple"]), outer_size=outer and (int(outer[0]), int(outer[1])))

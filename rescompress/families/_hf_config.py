@@ -56,7 +56,7 @@ def part(module: str, spec: Spec, anatomy: Anatomy) -> dict[str, Any]:
         "module": module,
         "spec": spec.to_dict(),
         "input_size": list(anatomy.input_size),
-        "example_size": list(anatomy.example_size),
+        "outer_size": anatomy.outer_size and list(anatomy.outer_size),
         "host": anatomy.host,
         "multiple": anatomy.multiple,
     }
