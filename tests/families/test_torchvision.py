@@ -145,6 +145,37 @@ def test_segmentation_keeps_the_size_of_the_image(name: str) -> None:
     torch.testing.assert_close(same(x), model(x), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("name", some_marked_slow(SEGMENTATION, ["lraspp_mobilenet_v3_large"]))
+def test_segmentors_keep_what_they_promise(name: str) -> None:
+    model, x = segmentor(name), noise(2, 3, 64, 64)
+    small = rc.compress(model, scale=0.5, example_input=x)
+    at_half = count_macs(model, x[..., ::2, ::2])
+    reader = small._rescompress.anatomy.first_conv
+    stems = [next(row.macs for row in one.modules if row.fqn == reader) for one in (count_macs(model, x), at_half)]
+    assert count_macs(small, x).macs == at_half.macs + stems[0] - stems[1]
+
+    assert list(small.state_dict()) == list(model.state_dict())
+    loaded = copy.deepcopy(small)
+    loaded.load_state_dict(model.state_dict())
+    program = torch.export.export(small, (x,)).module()
+    with torch.no_grad():
+        expected = small(x)
+        for other in (loaded, program):
+            torch.testing.assert_close(other(x), expected, rtol=1e-4, atol=1e-4)
+
+    had, has = gradients(model, x), gradients(small, x)
+    assert has.keys() == had.keys()
+    assert all(bool(one.isfinite().all()) for one in has.values())
+
+
+def gradients(model: torch.nn.Module, x: Tensor) -> dict[str, Tensor]:
+    """Return the gradients of the parameters that get one, by their names in the state dict."""
+    model = copy.deepcopy(model)
+    sum(out.square().mean() for out in model(x).values()).backward()
+    state = model.state_dict(keep_vars=True)
+    return {name: one.grad for name, one in state.items() if one.grad is not None}
+
+
 def detector(name: str, side: int = 128, **options: Any) -> Any:
     """Build a detector with visible random weights that keeps boxes of any score."""
     options |= {"weights": None, "weights_backbone": None, "num_classes": 4}
