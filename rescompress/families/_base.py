@@ -63,9 +63,9 @@ def image_of(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     for leaf in leaves:
         if leaf.ndim == 4:
             return leaf
-    patches = given_patches(leaves)
-    if patches is not None:
-        return patches
+    stand_in = _image_of_patches(leaves)
+    if stand_in is not None:
+        return stand_in
     for leaf in leaves:  # detectors take a list of images of any size
         if leaf.ndim == 3 and leaf.shape[0] in (1, 3, 4):
             return leaf[None]
@@ -81,7 +81,7 @@ def image_of(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     )
 
 
-def given_patches(leaves: list[Tensor]) -> Tensor | None:
+def _image_of_patches(leaves: list[Tensor]) -> Tensor | None:
     """Return an empty image as large as the first of those given as patches: (B, N, P * P * C) and shapes (B, 2)."""
     for patches, shapes in itertools.permutations(leaves, 2):
         if patches.ndim == 3 and not shapes.is_floating_point() and shapes.shape == (patches.shape[0], 2):

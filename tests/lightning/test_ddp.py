@@ -25,6 +25,19 @@ pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("one
 ROOT = Path(__file__).parents[2]
 
 
+def run_script(name: str, *arguments: str) -> None:
+    """Run a script of this folder, which starts the processes."""
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "tests/lightning" / name), *arguments],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
 def test_two_processes_train_as_one_does(tmp_path: Path) -> None:
     ranks = {"class_path": "tests.lightning.tiny.Ranks", "init_args": {"folder": str(tmp_path)}}
     config = {
@@ -42,15 +55,7 @@ def test_two_processes_train_as_one_does(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
     command = ["fit", "--config", str(tmp_path / "run.yaml"), "--folder"]
     two = ["--trainer.devices", "2", "--trainer.strategy", "ddp", "--data.batch_size", "4"]
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "tests/lightning/tiny.py"), *command, str(tmp_path / "two"), *two],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_script("tiny.py", *command, str(tmp_path / "two"), *two)
     first, second = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1))
     torch.testing.assert_close(second, first, rtol=0, atol=0)
 
@@ -81,15 +86,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict]]:
     """Return the folder that ddp_runs.py wrote into, and what each process told."""
     folder = tmp_path_factory.mktemp("ranks")
     segments = ["segments"] if has_mmseg() else []
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "tests/lightning/ddp_runs.py"), str(folder), *segments],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_script("ddp_runs.py", str(folder), *segments)
     return folder, [json.loads((folder / f"rank{rank}.json").read_text()) for rank in (0, 1)]
 
 
