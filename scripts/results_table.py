@@ -11,6 +11,7 @@ import shlex
 import statistics
 import sys
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 
 from rescompress.errors import InputError
@@ -33,6 +34,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=Path, default=ROOT / "runs", help="folder that holds the runs")
     parser.add_argument("--out", type=Path, default=ROOT / "recipes" / "README.md", help="file with the two markers")
+    parser.add_argument(
+        "--shared-machine",
+        action="store_true",
+        help="the runs were trained beside other work and tested again alone: leave out what the training took",
+    )
     args = parser.parse_args()
     found = results(args.runs)
     done = [result for result in found if result.finished]
@@ -43,7 +49,7 @@ def main() -> int:
         print(f"error: no finished run in {args.runs}; a run ends by writing {FILE}", file=sys.stderr)
         return 1
     try:
-        written = with_tables(args.out.read_text(encoding="utf-8"), tables(done, args.out.parent))
+        written = with_tables(args.out.read_text(encoding="utf-8"), tables(done, args.out.parent, args.shared_machine))
     except (InputError, OSError) as error:
         print(f"error: {args.out}: {error}", file=sys.stderr)
         return 1
@@ -107,10 +113,21 @@ def with_tables(text: str, made: str) -> str:
     return f"{before}{BEGIN}\n\n{made.strip()}\n\n{END}{after}"
 
 
-def tables(done: list[Result], folder: Path) -> str:
-    """Return a table of scores and one of circumstances for each recipe, and the matrix of sizes where there is one."""
+def tables(done: list[Result], folder: Path, shared: bool = False) -> str:
+    """Return a table of scores and one of circumstances for each recipe, and the matrix of sizes where there is one.
+
+    Args:
+        done: finished runs.
+        folder: of the file that the tables are for; pictures go there.
+        shared: the runs shared their machine with other work, so what the training took is left out.
+    """
     all_rows = groups(done)
     parts = []
+    if shared:
+        parts.append(
+            "The trainings shared their machine with other work, so how long they took is left out. Inference was "
+            "timed afterwards, with the machine to itself, by the same command with `test` in place of `fit`."
+        )
     if any(result.cost.get("memory_how") == "VmHWM" for result in done):
         parts.append(
             "On a CPU, the training peak is what training added to the memory of the process: the highest minus that "
@@ -118,41 +135,34 @@ def tables(done: list[Result], folder: Path) -> str:
         )
     for recipe in sorted({result.recipe for result in done}):
         rows = {config: runs for (of, config), runs in all_rows.items() if of == recipe}
-        parts.append(f"## {recipe}\n\n{_scores(rows)}\n\n{_matrix(rows, folder, recipe)}{_circumstances(rows)}")
+        scores = _scores(rows, TIMES_OF_TRAINING if shared else ())
+        parts.append(f"## {recipe}\n\n{scores}\n\n{_matrix(rows, folder, recipe)}{_circumstances(rows)}")
     return "\n\n".join(parts)
 
 
-def _scores(rows: dict[str, list[Result]]) -> str:
-    head = [
-        "config", "score, mean", "spread", "seeds", "GMACs", "parameters", "training step", "training peak",
-        "inference, images/s", "waited", "minutes",
-    ]  # fmt: skip
+def _scores(rows: dict[str, list[Result]], left_out: tuple[str, ...]) -> str:
+    shown = {name: cell for name, cell in COLUMNS.items() if name not in left_out}
+    head = ["config", "score, mean", "spread", *shown]
     table = []
     for config, runs in rows.items():
-        values = [100 * value for value in (_score(run) for run in runs) if value is not None]
-        first = runs[0]
-        table.append(
-            [
-                config,
-                f"{statistics.mean(values):.2f}" if values else "",
-                f"{min(values):.2f} to {max(values):.2f}" if values else "",
-                ", ".join(str(run.seed) for run in runs),
-                "" if first.macs is None else f"{first.macs / 1e9:.4g}",
-                f"{first.parameters / 1e6:.3f} M",
-                _median(runs, "step_ms", "{:.0f} ms"),
-                _training_peak(runs),
-                _median(runs, "inference_images_per_s", "{:.0f}"),
-                _median(runs, "waited_share", "{:.1f} %", 100),
-                f"{statistics.median(run.seconds for run in runs) / 60:.1f}",
-            ]
-        )
-        deployed = [100 * value for run in runs if (value := _score(run, "deployed/")) is not None]
-        if deployed:
-            spread = f"{min(deployed):.2f} to {max(deployed):.2f}"
-            size = (first.deployed_cost or {}).get("weight_bytes")
+        table.append([_named(config, runs), *_mean_and_spread(runs, "test/"), *(cell(runs) for cell in shown.values())])
+        deployed = _mean_and_spread(runs, "deployed/")
+        if deployed[0]:
+            size = (runs[0].deployed_cost or {}).get("weight_bytes")
             note = f"{config}, deployed in low bits" + ("" if size is None else f" ({size / 1e6:.2f} MB)")
-            table.append([note, f"{statistics.mean(deployed):.2f}", spread, *[""] * (len(head) - 3)])
+            table.append([note, *deployed, *[""] * len(shown)])
     return _markdown(head, table)
+
+
+def _named(config: str, runs: list[Result]) -> str:
+    """Return a row's name, with the number of images that its runs could not read."""
+    skipped = max(sum((run.skipped or {}).values()) for run in runs)
+    return f"{config} ({skipped} unreadable images skipped)" if skipped else config
+
+
+def _mean_and_spread(runs: list[Result], split: str) -> tuple[str, str]:
+    values = [100 * value for run in runs if (value := _score(run, split)) is not None]
+    return (f"{statistics.mean(values):.2f}", f"{min(values):.2f} to {max(values):.2f}") if values else ("", "")
 
 
 def _score(result: Result, split: str = "test/") -> float | None:
@@ -178,6 +188,21 @@ def _training_peak(runs: list[Result]) -> str:
 def _median(runs: list[Result], column: str, shown: str, factor: float = 1) -> str:
     values = [run.cost[column] for run in runs if isinstance(run.cost.get(column), int | float)]
     return shown.format(statistics.median(values) * factor) if values else ""
+
+
+COLUMNS: dict[str, Callable[[list[Result]], str]] = {
+    "seeds": lambda runs: ", ".join(str(run.seed) for run in runs),
+    "GMACs": lambda runs: "" if runs[0].macs is None else f"{runs[0].macs / 1e9:.4g}",
+    "parameters": lambda runs: f"{runs[0].parameters / 1e6:.3f} M",
+    "training step": lambda runs: _median(runs, "step_ms", "{:.0f} ms"),
+    "training peak": lambda runs: _training_peak(runs),
+    "inference, images/s": lambda runs: _median(runs, "inference_images_per_s", "{:.0f}"),
+    "waited": lambda runs: _median(runs, "waited_share", "{:.1f} %", 100),
+    "minutes": lambda runs: f"{statistics.median(run.seconds for run in runs) / 60:.1f}",
+}
+"""Behind the scores: the cell of a row of runs."""
+
+TIMES_OF_TRAINING = ("training step", "waited", "minutes")
 
 
 def sizes_matrix(rows: dict[str, list[Result]]) -> tuple[list[str], list[int], list[list[float | None]]]:

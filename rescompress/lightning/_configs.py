@@ -4,13 +4,15 @@
 """
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import yaml
-from jsonargparse import Namespace
+from jsonargparse import ArgumentParser, Namespace
 
 from rescompress.errors import InputError
+from rescompress.references.wanted import nearest
 
 _namespace: Any = Namespace  # its constructor has no types
 
@@ -76,6 +78,24 @@ def _chain(path: Path, extending: tuple[Path, ...]) -> list[Path]:
     return [path] if base is None else [*_chain(path.parent / str(base), (*extending, path)), path]
 
 
+def options_of(parser: ArgumentParser) -> list[str]:
+    """Return the names of a parser's options, such as model.num_classes."""
+    names = [name.removeprefix("--") for action in parser._actions for name in action.option_strings]
+    return [name for name in names if not name.endswith(".help")]
+
+
+def meant(error: str, known: Iterable[str]) -> str:
+    """Return which options a parser's error may be about: "; did you mean 'x'?", or nothing."""
+    for word in re.findall(r"--([\w.]+)|option '([\w.]+)'", error):
+        name = "".join(word)
+        while name:  # below an option that is known there are no others of the same name
+            hint = nearest(name, known)
+            if hint:
+                return hint
+            name = name.rpartition(".")[0]
+    return ""
+
+
 def with_seed(config: Any, seed: int) -> Any:
     """Return a parsed config with the seed in place of {seed} in all texts, such as paths of runs of the same seed."""
     if isinstance(config, str):
@@ -87,23 +107,24 @@ def with_seed(config: Any, seed: int) -> Any:
     return [with_seed(value, seed) for value in config] if isinstance(config, list) else config
 
 
-def without_missing(config: Any) -> tuple[Any, list[str]]:
-    """Return a parsed config without the files of other runs that are not there yet, and which they are."""
+def other_runs(config: Any) -> list[str]:
+    """Return the files of other runs that a parsed config names."""
     if isinstance(config, list):
-        made = [without_missing(value) for value in config]
-        return [value for value, _ in made], [name for _, names in made for name in names]
+        return [name for one in config for name in other_runs(one)]
     if not isinstance(config, Namespace):
-        return config, []
-    left: dict[str, Any] = {}
-    missing: list[str] = []
-    for name, value in vars(config).items():
-        if name in _OTHER_RUNS and isinstance(value, str) and not Path(value).exists():
-            left[name] = None
-            missing.append(value)
-        else:
-            left[name], more = without_missing(value)
-            missing += more
-    return _namespace(**left), missing
+        return []
+    own = [value for name, value in vars(config).items() if name in _OTHER_RUNS and isinstance(value, str)]
+    return own + [name for value in vars(config).values() for name in other_runs(value)]
+
+
+def without(config: Any, path: str) -> Any:
+    """Return a parsed config that does not name a file of another run."""
+    if isinstance(config, list):
+        return [without(one, path) for one in config]
+    if not isinstance(config, Namespace):
+        return config
+    kept = {name: None if name in _OTHER_RUNS and value == path else value for name, value in vars(config).items()}
+    return _namespace(**{name: without(value, path) for name, value in kept.items()})
 
 
 def saved(text: str, run: str) -> str:

@@ -14,13 +14,13 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from rescompress.compress import compress_
-from rescompress.errors import InputError, SpecError
+from rescompress.errors import InputError, NoWeightsError, SpecError
 from rescompress.inputs import default_input
 from rescompress.lightning.checkpoints import record_in, refuse_other_spec
 from rescompress.recover.loop import NORMS, TUNED, classifier_of
 from rescompress.references.models import build_model
 from rescompress.references.wanted import Wanted
-from rescompress.references.weights import load_weights
+from rescompress.references.weights import differences, load_weights
 from rescompress.spec import Spec, Stage, Step, as_pair, check_choice
 
 OptimizerCallable = Callable[[Iterable[Any]], Optimizer]
@@ -124,7 +124,13 @@ class CompressedModule(LightningModule):
         pretrained, initial = self._initial if with_weights else (False, None)
         # The same random weights on every rank and in every run.
         with _seeded(self.seed):
-            model = build_model(self._reference, replace(self._wanted, pretrained=pretrained))
+            try:
+                model = build_model(self._reference, replace(self._wanted, pretrained=pretrained))
+            except NoWeightsError as error:
+                raise NoWeightsError(
+                    f"{error}; begin with a file of weights by initial_weights: FILE, or with random ones by "
+                    "pretrained: false"
+                ) from error
         if initial is not None:
             if not Path(initial).exists():
                 raise InputError(f"there is no weights file {initial}; if it is of another run, do that one first")
@@ -176,6 +182,23 @@ class CompressedModule(LightningModule):
         if self.loss is None:  # not given again: its class weights are not needed either
             state = checkpoint["state_dict"]
             checkpoint["state_dict"] = {name: one for name, one in state.items() if not name.startswith("loss.")}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **options: Any) -> Any:
+        """Load weights.
+
+        Raises:
+            InputError: they are of another model.
+        """
+        try:
+            return super().load_state_dict(state_dict, *args, **options)
+        except RuntimeError as error:
+            found = differences(state_dict, self.state_dict())
+            if not found:
+                raise
+            raise InputError(
+                f"the checkpoint holds weights of another model than this {self._reference}: {found}; give the options "
+                "of model that its run was begun with"
+            ) from error
 
 
 def as_spec(given: Any) -> Spec | None:

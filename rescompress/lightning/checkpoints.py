@@ -121,6 +121,7 @@ class LastCheckpoint(ModelCheckpoint):
     Attributes:
         run: what is to be known of the training when another process tests it: the `metrics` of its last validation,
             whether it was `stopped` by a callback, its `processes`, `hardware` and `versions`
+        begun_from: path of another run's checkpoint that the training was begun from
     """
 
     def __init__(self, dirpath: str | None = None, every_n_train_steps: int = 500) -> None:
@@ -133,6 +134,7 @@ class LastCheckpoint(ModelCheckpoint):
             enable_version_counter=False,
         )
         self.run: dict[str, Any] = {}
+        self.begun_from: str | None = None
         self._trains = False
 
     @property
@@ -142,12 +144,13 @@ class LastCheckpoint(ModelCheckpoint):
 
     def state_dict(self) -> dict[str, Any]:
         """Return ModelCheckpoint's state and the run."""
-        return {**super().state_dict(), "run": self.run}
+        return {**super().state_dict(), "run": self.run, "begun_from": self.begun_from}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take them."""
-        super().load_state_dict(state_dict)
-        self.run = dict(state_dict.get("run") or {})
+        """Take them; of a checkpoint that another run is begun from, nothing."""
+        if self.begun_from is None:
+            super().load_state_dict(state_dict)
+            self.run, self.begun_from = dict(state_dict.get("run") or {}), state_dict.get("begun_from")
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Train no further where a callback ended the training."""

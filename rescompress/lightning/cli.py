@@ -13,32 +13,27 @@ from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.plugins.io import CheckpointIO
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from rescompress.errors import InputError, RescompressError, one_line
+from rescompress.errors import InputError, RescompressError, RescompressWarning, one_line
 from rescompress.lightning._configs import (
     SAVED,
     differences,
-    saved,
+    meant,
+    options_of,
+    other_runs,
     saved_name,
     with_extended,
     with_seed,
-    without_missing,
+    without,
 )
+from rescompress.lightning._folder import RunFolder, begun_from, is_finished
+from rescompress.lightning._run import Run, note_begun_from
 from rescompress.lightning._trained import Trained
-from rescompress.lightning.checkpoints import (
-    AtomicCheckpoints,
-    LastCheckpoint,
-    is_dry,
-    read_checkpoint,
-    refuse_other_spec,
-    stopped_itself,
-)
+from rescompress.lightning.checkpoints import AtomicCheckpoints, LastCheckpoint, is_dry, refuse_other_spec
 from rescompress.lightning.cost import CostMonitor
-from rescompress.lightning.results import FILE, Result, costs, gather, limited
 
 RUNS = "runs"
-LAST = "last.ckpt"
 
 _COMPARED = ("model", "data", "trainer")
 """Parts of a config that tell what is trained."""
@@ -95,7 +90,12 @@ class RecipeCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse the arguments, each config behind the one that it extends."""
         if args is None or isinstance(args, list):
-            self.config = parser.parse_args(with_extended(sys.argv[1:] if args is None else args))
+            given = with_extended(sys.argv[1:] if args is None else args)
+            try:
+                self.config = parser.parse_args(given)
+            except argparse.ArgumentError as error:
+                known = [name for one in self._subcommand_parsers.values() for name in options_of(one)]
+                raise argparse.ArgumentError(None, f"{error}{meant(str(error), known)}") from error
             if self.config.get("subcommand"):
                 self.config[self.config.subcommand]["extends"] = None  # it has been merged, and is saved as one
         else:
@@ -107,10 +107,19 @@ class RecipeCLI(LightningCLI):
         seed = int(config["seed_everything"])
         for key in ("model", "trainer"):
             config[key] = with_seed(config[key], seed)
-            if config["trainer"].get("fast_dev_run"):
-                config[key], missing = without_missing(config[key])
-                for path in missing:
-                    rank_zero_info(f"{path} is not there; this dry run does without it")
+            for path in dict.fromkeys(other_runs(config[key])):
+                if not is_finished(path):
+                    rank_zero_warn(
+                        f"the run that {path} is of has not finished, and this one takes its weights as they are so "
+                        "far; finish that one first where the two are to be compared",
+                        category=RescompressWarning,
+                    )
+                if config["trainer"].get("fast_dev_run") and not Path(path).exists():
+                    config[key] = without(config[key], path)
+                    rank_zero_warn(
+                        f"there is no file {path}: this dry run does without it, a real one will need it",
+                        category=RescompressWarning,
+                    )
         for key in ("model.seed", "model.init_args.seed", "data.seed", "data.init_args.seed"):
             if key in config:
                 config[key] = seed
@@ -156,6 +165,11 @@ class RecipeCLI(LightningCLI):
         return Path(RUNS, self.recipe, self.config_name, f"seed{seed}")
 
     @property
+    def run_folder(self) -> RunFolder:
+        """Folder of the run, with what it holds."""
+        return RunFolder(self.folder)
+
+    @property
     def _config_file(self) -> Path | None:
         files = self._get(self.config, "config") or []
         return Path(str(files[-1])) if files else None
@@ -186,83 +200,75 @@ class RecipeCLI(LightningCLI):
     def fit(self, model: Trained, ckpt_path: Any = None, **options: Any) -> None:
         """Train, from last.ckpt on if it is there, then test and write results.json."""
         if not is_dry(self.trainer):
-            if ckpt_path is None and self._get(self.config, "fresh"):
-                self._begin_anew()
-            elif ckpt_path is None or self._is_last(ckpt_path):
-                ckpt_path = self._resume(model)
-            self._save_config()
-        self.trainer.fit(model, ckpt_path=ckpt_path, **options)
-        metrics = _numbers(self.trainer, "val/")
-        epochs, steps = self.trainer.current_epoch, self.trainer.global_step
-        nothing_left = self._earlier == steps
-        self._test(model, metrics, epochs, steps, stopped_itself(self.trainer), again=nothing_left)
+            if self._get(self.config, "fresh"):
+                self._begin_anew(ckpt_path)
+            else:
+                ckpt_path = self._resume(model, ckpt_path)
+            if ckpt_path is not None and not self.run_folder.owns(ckpt_path):
+                note_begun_from(self.trainer, ckpt_path)
+            self._save_options()
+        self._run().fit(model, ckpt_path, self._earlier, **options)
 
     def test(self, model: Trained, ckpt_path: Any = None, **options: Any) -> None:
         """Test last.ckpt and write results.json, or test another checkpoint."""
-        path = ckpt_path or self.folder / LAST
-        progress = read_checkpoint(path)
-        epochs, steps = int(progress["epoch"]), int(progress["global_step"])
-        del progress
-        alone = None if self._is_last(path) else f"they are of {path}"
-        others = self._other_options() if alone is None else []
-        if others:
+        path, alone = ckpt_path or self.run_folder.last, None
+        if not self.run_folder.owns(path):
+            alone = f"they are of {path}"
+        elif others := self._other_options():
             alone = f"the run was trained with other options: {_listed(others)}"
-        self._test(model, {}, epochs, steps, again=True, alone=alone, ckpt_path=path, **options)
+        self._run().test(model, path, alone, **options)
 
-    def _is_last(self, path: Any) -> bool:
-        """Whether a checkpoint is this run's own."""
-        last = self.folder / LAST
-        return last.exists() and os.path.exists(path) and os.path.samefile(path, last)
+    def _run(self) -> Run:
+        return Run(self.recipe, self.config_name, self.run_folder, self.trainer, self.datamodule)
 
-    def _resume(self, model: Trained) -> Path | None:
-        """Return the checkpoint to go on from.
+    def _begin_anew(self, ckpt_path: Any) -> None:
+        if ckpt_path is not None and self.run_folder.owns(ckpt_path):
+            raise InputError(f"--fresh begins without {ckpt_path}; leave out one of --fresh and --ckpt_path")
+        self.run_folder.put_away()
+
+    def _resume(self, model: Trained, ckpt_path: Any) -> Any:
+        """Return the checkpoint to go on from: the run's own, or the given one where there is none yet.
 
         Raises:
-            InputError: it is damaged, or of a run with other options.
+            InputError: it is damaged, or of a run with other options or begun from elsewhere.
         """
-        last = self.folder / LAST
-        if not last.exists():
-            return None
-        try:
-            found = read_checkpoint(last)
-        except InputError as error:
-            raise InputError(f"{error}; to begin anew, say --fresh") from error
+        folder = self.run_folder
+        found = folder.checkpoint()
+        if found is None:
+            return ckpt_path
+        if ckpt_path is not None and not folder.owns(ckpt_path) and begun_from(found) != str(ckpt_path):
+            raise InputError(
+                f"the run in {folder.path} has a checkpoint of its own and was not begun from {ckpt_path}; leave out "
+                "--ckpt_path to go on with it, or give --folder for another run or --fresh to begin this one anew"
+            )
         refuse_other_spec(model, found)
         others = self._other_options()
         if others:
             raise InputError(
-                f"the run in {self.folder} was begun with other options: {_listed(others)}; give those to go on with "
+                f"the run in {folder.path} was begun with other options: {_listed(others)}; give those to go on with "
                 "it, --folder for another run, or --fresh to begin this one anew"
             )
         self._earlier = int(found["global_step"])
         rank_zero_info(
-            f"going on from {last}, step {found['global_step']} (epoch {found['epoch']}); to begin anew, say --fresh"
+            f"going on from {folder.last}, step {found['global_step']} (epoch {found['epoch']}); to begin anew, say "
+            "--fresh"
         )
-        return last
-
-    @rank_zero_only
-    def _begin_anew(self) -> None:
-        """Put away what the earlier run left, so that a later start does not go on from it."""
-        last = self.folder / LAST
-        if last.exists():
-            os.replace(last, last.with_suffix(".old"))
-            rank_zero_info(f"beginning anew; the last checkpoint of the earlier run is now {last.with_suffix('.old')}")
-        (self.folder / FILE).unlink(missing_ok=True)
+        return folder.last
 
     def _other_options(self) -> list[str]:
         """Return the options in which this run differs from the one that the folder's checkpoint is of."""
-        path = self.folder / SAVED
-        if not path.is_file():
+        data = self.run_folder.options()
+        if data is None:
             return []
         parser = self._parser("fit" if self.subcommand else None)
         try:
-            data = yaml.safe_load(path.read_text(encoding="utf-8"))
             known = {name: data[name] for name in _COMPARED if data.get(name) is not None}
             was = yaml.safe_load(parser.dump(parser.parse_object(known), skip_none=False))
-        except (argparse.ArgumentError, AttributeError, TypeError, ValueError, yaml.YAMLError) as error:
+        except (argparse.ArgumentError, AttributeError, TypeError, ValueError) as error:
             raise InputError(
-                f"{path} is no config of this recipe any more, so its options cannot be compared: "
-                f"{one_line(error, 200)}; remove the file to go on from its checkpoint as it is, or say --fresh"
+                f"{self.run_folder.path / SAVED} is no config of this recipe any more, so its options cannot be "
+                f"compared: {one_line(error, 200)}; remove the file to go on from its checkpoint as it is, or say "
+                "--fresh"
             ) from error
         now = yaml.safe_load(self._parser(self.subcommand).dump(self._own_config, skip_none=False))
         return differences(was, now)
@@ -271,89 +277,11 @@ class RecipeCLI(LightningCLI):
     def _own_config(self) -> Any:
         return self.config[self.subcommand] if self.subcommand else self.config
 
-    @rank_zero_only
-    def _save_config(self) -> None:
-        """Write all options into the run's folder, whole or not at all."""
+    def _save_options(self) -> None:
         config = self._own_config.clone()
-        config["folder"], config["fresh"] = None, False  # it lies in the folder; and to use it is to go on
-        path = self.folder / SAVED
-        part = path.with_name(f".{SAVED}.part")
-        part.parent.mkdir(parents=True, exist_ok=True)
-        text = self._parser(self.subcommand).dump(config, skip_none=False)
-        part.write_text(saved(text, self.config_name), encoding="utf-8")
-        os.replace(part, path)
-
-    def _run(self) -> dict[str, Any]:
-        """Return what the checkpoint says of the training."""
-        callbacks: list[Any] = vars(self.trainer)["callbacks"]
-        return next((one.run for one in callbacks if isinstance(one, LastCheckpoint)), {})
-
-    def _test(
-        self,
-        model: Trained,
-        metrics: dict[str, float],
-        epochs: int,
-        steps: int,
-        stopped: bool = False,
-        again: bool = False,
-        alone: str | None = None,
-        ckpt_path: Any = None,
-        **options: Any,
-    ) -> None:
-        """Test the model and its copy in low bits, and write down both.
-
-        Args:
-            model: to test.
-            metrics: of the validation.
-            epochs: of the training.
-            steps: of the training.
-            stopped: whether a callback ended it.
-            again: nothing was trained here, so what the run left is kept.
-            alone: why the scores are not of the run in the folder, and not to be written into it.
-            ckpt_path: whose weights are tested.
-            **options: of the trainer's `test`.
-        """
-        options["datamodule"] = self.datamodule
-        self.trainer.test(model, ckpt_path=ckpt_path, **options)
-        metrics = metrics | _numbers(self.trainer, "test/")
-        cost, deployed = costs(self.trainer), None
-        if model.deploy is not None:
-            with model.deployed():
-                self.trainer.test(model, **options)
-                metrics |= _numbers(self.trainer, "deployed/")
-                deployed = {"weight_bytes": model.deployed_bytes, **costs(self.trainer, "inference_")}
-        if is_dry(self.trainer) or not self.trainer.is_global_zero:
-            return
-        run = self._run() if alone is None else {}
-        result = gather(
-            self.trainer,
-            model,
-            recipe=self.recipe,
-            config=self.config_name,
-            metrics=run.get("metrics", {}) | metrics,
-            epochs=epochs,
-            steps=steps,
-            stopped=stopped or bool(run.get("stopped")),
-            cost=cost,
-            deployed_cost=deployed,
-            trained=run,
-        )
-        earlier = self._result(result) if again else None
-        if earlier is not None and earlier.finished and limited(self.trainer):
-            alone = "a part of the data was left out"
-        if alone is not None:
-            rank_zero_info(f"these scores are not written into {self.folder / FILE}: {alone}")
-            return
-        result = result if earlier is None else earlier.tested_again(result)
-        rank_zero_info(f"wrote {result.write(self.folder)}")
-
-    def _result(self, later: Result) -> Result | None:
-        """Return what this run left when it was tested before, with the same weights."""
-        try:
-            found = Result.read(self.folder)
-        except InputError:
-            return None
-        return found if (found.seed, found.steps) == (later.seed, later.steps) else None
+        # The file lies in the folder; and to use it is to go on.
+        config["folder"], config["fresh"], config["ckpt_path"] = None, False, None
+        self.run_folder.save_options(self._parser(self.subcommand).dump(config, skip_none=False), self.config_name)
 
 
 def main(
@@ -382,10 +310,6 @@ def _loggers(folder: str) -> list[Any]:
     if importlib.util.find_spec("tensorboard") is not None:
         loggers.insert(0, TensorBoardLogger(folder, name="", version=""))
     return loggers
-
-
-def _numbers(trainer: Trainer, prefix: str) -> dict[str, float]:
-    return {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith(prefix)}
 
 
 def _listed(found: list[str]) -> str:

@@ -7,7 +7,7 @@ import os
 import platform
 import shlex
 import sys
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Self
@@ -55,6 +55,8 @@ class Result:
         processes: that trained
         hardware: that it was trained on: processor, cores, GPU
         versions: of Python and the libraries
+        skipped: number of files by split that could not be read and were left out, in the process that trained or
+            tested first; None in files of before this was written down
     """
 
     recipe: str
@@ -79,6 +81,7 @@ class Result:
     processes: int
     hardware: dict[str, Any]
     versions: dict[str, str]
+    skipped: dict[str, int] | None = None
 
     def write(self, folder: str | Path) -> Path:
         """Write results.json into a folder, whole or not at all, and return its path."""
@@ -89,12 +92,22 @@ class Result:
         os.replace(part, path)
         return path
 
-    def tested_again(self, later: Self) -> Self:
+    def tested_again(self, later: Self, same_machine: bool) -> Self:
         """Return the result with the scores of a later test of the same weights.
 
-        All else is of the process that trained and tested first: another machine has other times.
+        On the same machine, the cost of inference is taken from it as well; all else is of the process that trained.
         """
-        return replace(self, metrics=self.metrics | later.metrics, finished=self.finished or later.finished)
+        cost, deployed_cost = self.cost, self.deployed_cost
+        if same_machine:
+            cost = cost | {name: value for name, value in later.cost.items() if name.startswith("inference_")}
+            deployed_cost = later.deployed_cost or deployed_cost
+        return replace(
+            self,
+            metrics=self.metrics | later.metrics,
+            finished=self.finished or later.finished,
+            cost=cost,
+            deployed_cost=deployed_cost,
+        )
 
     @classmethod
     def read(cls, path: str | Path) -> Self:
@@ -107,7 +120,8 @@ class Result:
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
             sizes = {name: data[name] and (data[name][0], data[name][1]) for name in ("train_size", "test_size")}
-            return cls(**{field.name: data[field.name] for field in fields(cls)} | sizes)
+            names = [one.name for one in fields(cls) if one.default is MISSING or one.name in data]
+            return cls(**{name: data[name] for name in names} | sizes)
         except OSError as error:
             raise InputError(f"cannot read {path}: {error.strerror}") from error
         except (ValueError, KeyError, TypeError) as error:
@@ -127,6 +141,7 @@ def gather(
     cost: dict[str, Any],
     deployed_cost: dict[str, Any] | None,
     trained: dict[str, Any],
+    skipped: dict[str, int],
 ) -> Result:
     """Collect what there is to say of a run that has been tested.
 
@@ -137,11 +152,11 @@ def gather(
     data: Any = getattr(trainer, "datamodule", None)
     limits = ((epochs, trainer.max_epochs), (steps, trainer.max_steps))
     test_size = _pair(getattr(data, "test_size", None))
-    here = circumstances(trainer)
-    there = {name: trained.get(name, value) for name, value in here.items()}
-    elsewhere = any(here[name] != there[name] for name in ("processes", "hardware"))
+    there = {name: trained.get(name, value) for name, value in circumstances(trainer).items()}
     sides = str(cost.get("inference_shape") or "").split("x")[-2:]
-    if elsewhere or (test_size is not None and sides not in ([""], [str(side) for side in test_size])):
+    if not same_machine(trainer, trained) or (
+        test_size is not None and sides not in ([""], [str(side) for side in test_size])
+    ):
         # The numbers of inference are not of the machine that trained, or of another size than the MACs.
         cost = {name: value for name, value in cost.items() if not name.startswith("inference_")}
         cost |= _of_training(trainer)
@@ -167,8 +182,14 @@ def gather(
         parameters=parameter_count(module.model),
         cost=cost,
         deployed_cost=deployed_cost,
+        skipped=skipped,
         **there,
     )
+
+
+def same_machine(trainer: Trainer, trained: dict[str, Any]) -> bool:
+    """Whether this process runs on what the training ran on, and with the same libraries."""
+    return all(trained.get(name, value) == value for name, value in circumstances(trainer).items())
 
 
 def circumstances(trainer: Trainer) -> dict[str, Any]:

@@ -35,19 +35,10 @@ def load_weights(model: nn.Module, path: str | Path, classes_option: str = "num_
     state = _matching(read_state_dict(path), model)
     own = model.state_dict()
     state = {name: own[name] for name in own if name.endswith("num_batches_tracked")} | state
-    wrong = [
-        f"{name} is {tuple(state[name].shape)} instead of {tuple(own[name].shape)}"
-        for name in own
-        if name in state and state[name].shape != own[name].shape
-    ]
-    missing = [f"{name} is missing" for name in own if name not in state]
-    foreign = [f"{name} is unknown" for name in state if name not in own]
-    problems = wrong[:_LISTED] + missing[:_LISTED] + foreign[:_LISTED]
-    if problems:
-        count = len(wrong) + len(missing) + len(foreign)
+    found = differences(state, own)
+    if found:
         raise InputError(
-            f"{path} holds weights of another model than this {type(model).__name__}: {', '.join(problems)}"
-            f"{f' and {count - len(problems)} more' if count > len(problems) else ''}"
+            f"{path} holds weights of another model than this {type(model).__name__}: {found}"
             f"{_classes_hint(state, own, classes_option)}"
         )
     for name, tensor in state.items():
@@ -55,6 +46,20 @@ def load_weights(model: nn.Module, path: str | Path, classes_option: str = "num_
         if flaw is not None:
             raise InputError(f"{path} holds weights that no model can run with: {name} {flaw}")
     model.load_state_dict(state)
+
+
+def differences(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str:
+    """Say in which names and shapes a state dict differs from a model's own, the first few of them; "" if in none."""
+    wrong = [
+        f"{name} is {tuple(state[name].shape)} instead of {tuple(own[name].shape)}"
+        for name in own
+        if name in state and state[name].shape != own[name].shape
+    ]
+    missing = [f"{name} is missing" for name in own if name not in state]
+    foreign = [f"{name} is unknown" for name in state if name not in own]
+    listed = wrong[:_LISTED] + missing[:_LISTED] + foreign[:_LISTED]
+    more = len(wrong) + len(missing) + len(foreign) - len(listed)
+    return ", ".join(listed) + (f" and {more} more" if more else "")
 
 
 def _flaw(tensor: Tensor) -> str | None:

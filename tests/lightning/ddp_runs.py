@@ -58,7 +58,10 @@ def main(folder: Path, segments: bool) -> None:
     before = torch.load(folder / "broken" / "last.ckpt", weights_only=True)["global_step"]
     run, resumed = train(folder / "broken")
     torch.save({"whole": whole.state_dict(), "resumed": resumed.state_dict()}, folder / f"rank{rank}.pt")
-    found = {"stopped": stopped, "resumed_at": before, "steps": run.global_step}
+    assert run.datamodule is not None
+    run.datamodule.corrupt_files["train"].found |= {"of both": "cut short", f"of {rank}": "cut short"}
+    skipped = run.datamodule.skipped_everywhere()
+    found = {"skipped": skipped, "stopped": stopped, "resumed_at": before, "steps": run.global_step}
     if segments:
         module = Segmenter("tiny:tiny_net", num_classes=3, input_size=32, options={"dense": True})
         data = Tiny(classes=3, dense=True, length=18)  # 9 test images: 5 on one process, 4 on the other

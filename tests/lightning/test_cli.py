@@ -1,61 +1,31 @@
 """The recipes' command line: one YAML is one run in its own folder, with config, checkpoint and results."""
 
 import json
-import sys
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import yaml
 
 import rescompress as rc
-from rescompress.errors import InputError
+from rescompress.errors import InputError, RescompressWarning
 
 pytest.importorskip("lightning")
 
-from rescompress.lightning import Classifier, ImageData, RecipeCLI, Result, load_model, main
+from rescompress.lightning import Classifier, ImageData, Result, load_model, main
 from rescompress.lightning._configs import with_extended
 from rescompress.lightning.results import FILE
 from tests.lightning.tiny import TINY, Tiny
+from tests.lightning.tiny_runs import CONFIG, at_home, cli, write
 
-pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("one_thread", "seeded")]
+__all__ = ["at_home"]
 
-CONFIG: dict[str, Any] = {
-    "seed_everything": 5,
-    "trainer": {
-        "max_epochs": 1,
-        "accelerator": "cpu",
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "log_every_n_steps": 1,
-    },
-    "model": {
-        "model": TINY,
-        "num_classes": 4,
-        "input_size": 32,
-        "spec": {"steps": [{"kind": "stem_resize", "scale": 0.5}]},
-        "loss": {"class_path": "torch.nn.CrossEntropyLoss", "init_args": {"label_smoothing": 0.1}},
-        "optimizer": {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.01}},
-    },
-}
-
-
-@pytest.fixture(autouse=True)
-def at_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Runs go to a folder of the test."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["recipes/tiny.py"])
-
-
-def write(name: str, content: dict[str, Any]) -> str:
-    Path(name).write_text(yaml.safe_dump(content))
-    return name
-
-
-def cli(*args: str, **options: Any) -> RecipeCLI:
-    return RecipeCLI(Classifier, Tiny, args=list(args), **options)
+pytestmark = [
+    pytest.mark.filterwarnings("ignore"),
+    pytest.mark.usefixtures("at_home", "one_thread", "seeded"),
+]
 
 
 def test_a_run_leaves_its_config_checkpoint_logs_and_results(caplog: pytest.LogCaptureFixture) -> None:
@@ -111,97 +81,7 @@ def test_a_run_leaves_its_config_checkpoint_logs_and_results(caplog: pytest.LogC
 
     # What is put away does not come back.
     cli("fit", "--config", "half.yaml", "--fresh", "--trainer.max_epochs", "2")
-    assert (folder / "last.old").exists()
     assert Result.read(folder).steps == 16
-
-
-def test_the_saved_config_is_the_same_run() -> None:
-    first = cli("fit", "--config", write("half.yaml", CONFIG), "--folder", "a", "--trainer.fast_dev_run", "1")
-    assert not Path("a").exists()  # a dry run leaves nothing behind
-    cli("fit", "--config", "half.yaml", "--folder", "a", "--trainer.limit_train_batches", "1")
-    again = cli("fit", "--config", "a/config.yaml", "--folder", "b", "--trainer.fast_dev_run", "1")
-    assert again.model.spec == first.model.spec == rc.Spec.of(rc.StemResize(scale=0.5))
-    assert isinstance(again.model.loss, torch.nn.CrossEntropyLoss)
-    assert again.model.loss.label_smoothing == 0.1
-    assert again.datamodule.seed == again.model.seed == 5
-    saved = yaml.safe_load(Path("a/config.yaml").read_text())
-    assert saved["model"]["spec"] == CONFIG["model"]["spec"]
-
-
-def test_the_saved_config_goes_on_with_the_run_in_its_folder() -> None:
-    cli("fit", "--config", write("half.yaml", CONFIG))
-    folder = Path("runs/tiny/half/seed5")
-    date = Result.read(folder).date
-
-    again = cli("fit", "--config", str(folder / "config.yaml"))
-
-    assert (again.config_name, again.folder) == ("half", folder)
-    assert Result.read(folder).date == date  # nothing was left to train
-    assert list(Path("runs/tiny").iterdir()) == [Path("runs/tiny/half")]
-
-
-def test_a_folder_keeps_to_the_options_that_its_run_was_begun_with() -> None:
-    config = ("fit", "--config", write("half.yaml", CONFIG), "--folder", "a")
-    cli(*config)
-    first = Result.read("a")
-
-    with pytest.raises(InputError, match=r"data.train_size was 32 and is 64, model.optimizer.lr was 0.01 and is 9.0; "):
-        cli(*config, "--model.optimizer.init_args.lr", "9", "--data.train_size", "64")
-    with pytest.raises(InputError, match=r"model.tune was all and is norms_and_classifier.*--folder.*--fresh"):
-        cli(*config, "--model.tune", "norms_and_classifier")
-    with pytest.raises(InputError, match=r"trainer.callbacks.Recalibrate.batches was None and is 3"):
-        cli(*config, "--trainer.callbacks+=rescompress.lightning.Recalibrate", "--trainer.callbacks.batches=3")
-    with pytest.raises(InputError, match=r"trainer.max_epochs was 1 and is 0"):
-        cli(*config, "--trainer.max_epochs", "0")
-    assert Result.read("a") == first
-
-    cli(*config, "--trainer.max_epochs", "2", "--trainer.log_every_n_steps", "3", "--checkpoint_every", "4")
-    assert Result.read("a").steps == 16
-
-
-def test_scores_of_another_checkpoint_are_not_the_runs(caplog: pytest.LogCaptureFixture) -> None:
-    config = ("--config", write("half.yaml", CONFIG), "--trainer.limit_train_batches", "2")
-    for folder, seed in (("a", "1"), ("b", "2")):
-        cli("fit", *config, "--folder", folder, "--seed_everything", seed)
-    first = Result.read("a")
-    caplog.set_level("INFO")
-
-    test = ("test", *config, "--folder", "a", "--seed_everything", "1")
-    cli(*test, "--ckpt_path", "b/last.ckpt")
-    assert "not written into a/results.json: they are of b/last.ckpt" in caplog.text
-    cli(*test, "--data.test_size", "64")
-    assert "other options: data.test_size was 32 and is 64" in caplog.text
-    assert Result.read("a") == first
-
-    cli(*test, "--ckpt_path", "a/last.ckpt")
-    assert "wrote a/results.json" in caplog.text
-
-
-def test_a_later_test_changes_the_scores_alone() -> None:
-    config = ("--config", write("half.yaml", CONFIG), "--folder", "a")
-    cli("fit", *config)
-    first = Result.read("a")
-    elsewhere = replace(first, hardware={"gpu": "A GPU"}, processes=8, metrics=first.metrics | {"test/accuracy": -1.0})
-    for command in ("test", "fit"):
-        elsewhere.write("a")
-        cli(command, *config)
-        assert Result.read("a") == replace(elsewhere, metrics=first.metrics)
-
-
-def test_what_is_measured_on_another_machine_is_not_beside_the_training() -> None:
-    config = ("--config", write("half.yaml", CONFIG), "--folder", "a")
-    cli("fit", *config)
-    checkpoint = torch.load("a/last.ckpt", weights_only=True)
-    checkpoint["callbacks"]["LastCheckpoint"]["run"] |= {"hardware": {"gpu": "A GPU"}, "processes": 8}
-    torch.save(checkpoint, "a/last.ckpt")
-    Path("a", FILE).unlink()
-
-    cli("test", *config)
-
-    result, row = Result.read("a"), checkpoint["callbacks"]["CostMonitor"]["rows"][-1]
-    assert (result.hardware, result.processes) == ({"gpu": "A GPU"}, 8)
-    measured = ("inference_step_ms", "inference_images_per_s", "inference_peak_bytes")
-    assert {name: result.cost[name] for name in measured} == {name: row[name] for name in measured}
 
 
 def test_a_run_that_its_own_callback_stops_is_finished() -> None:
@@ -213,7 +93,8 @@ def test_a_run_that_its_own_callback_stops_is_finished() -> None:
     assert (first.finished, first.epochs) == (True, 2)
 
     cli(*config)  # nothing is left to train
-    assert Result.read("a") == first
+    again = Result.read("a")
+    assert (replace(again, cost={}), again.cost["step_ms"]) == (replace(first, cost={}), first.cost["step_ms"])
 
     cli(*config, "--trainer.max_time", "00:00:00:00", "--fresh")
     assert not Result.read("a").finished
@@ -269,17 +150,42 @@ def test_a_run_without_training_tests_what_another_run_of_its_seed_left() -> Non
     torch.testing.assert_close(made.model.model.state_dict(), weights, rtol=0, atol=0)
 
 
-def test_a_dry_run_does_without_what_other_runs_leave(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_dry_run_does_without_what_other_runs_leave() -> None:
     model = {**CONFIG["model"], "initial_weights": "runs/a/seed{seed}/last.ckpt"}
     distill = {"class_path": "rescompress.lightning.Distill", "init_args": {"teacher": "runs/b/last.ckpt"}}
     trainer = {**CONFIG["trainer"], "callbacks": [distill]}
     write("distilled.yaml", {**CONFIG, "model": model, "trainer": trainer})
-    caplog.set_level("INFO")
-    cli("fit", "--config", "distilled.yaml", "--trainer.fast_dev_run", "1")
+    with pytest.warns(RescompressWarning) as told:
+        cli("fit", "--config", "distilled.yaml", "--trainer.fast_dev_run", "1")
     for path in ("runs/a/seed5/last.ckpt", "runs/b/last.ckpt"):
-        assert f"{path} is not there; this dry run does without it" in caplog.text
+        assert any(f"there is no file {path}: this dry run does without it" in str(one.message) for one in told)
     with pytest.raises(InputError, match=r"there is no weights file runs/a/seed5/last.ckpt.*do that one first"):
         cli("fit", "--config", "distilled.yaml")
+
+
+def test_weights_of_a_run_that_has_not_finished_are_told_of() -> None:
+    original = {**CONFIG, "model": {name: value for name, value in CONFIG["model"].items() if name != "spec"}}
+    first = ("fit", "--config", write("original.yaml", original), "--folder", "a")
+    model = {**CONFIG["model"], "initial_weights": "a/last.ckpt"}
+    second = ("fit", "--config", write("child.yaml", {**CONFIG, "model": model}), "--trainer.max_epochs", "0")
+
+    cli(*first, "--trainer.limit_train_batches", "1")
+    with pytest.warns(RescompressWarning, match="the run that a/last.ckpt is of has not finished"):
+        cli(*second, "--folder", "b")
+    cli(*first, "--fresh")
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        cli(*second, "--folder", "c")
+
+    assert not [one for one in told if "has not finished" in str(one.message)]
+
+
+def test_files_that_were_skipped_are_in_the_results(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Tiny, "skipped", property(lambda data: {"train": 2}))
+
+    cli("fit", "--config", write("half.yaml", CONFIG), "--folder", "a", "--trainer.max_steps", "1")
+
+    assert Result.read("a").skipped == {"train": 2}
 
 
 def test_checkpoints_can_be_left_out() -> None:
@@ -315,6 +221,9 @@ def test_errors_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     )
     assert "there is no checkpoint b/last.ckpt" in fails("test", *config, "--folder", "b")
     assert "did you mean 'resnet50'" in fails("fit", *config, "--model.model", "timm:resnet5o")
+    assert "begin with a file of weights by initial_weights: FILE" in fails(
+        "fit", *config, "--model.model", "timm:mobilenetv4_conv_small_035", "--model.pretrained", "true"
+    )
     # Also where the config names the class, which jsonargparse makes by trying what fits.
     distill = {"class_path": "rescompress.lightning.Distill", "init_args": {"temperature": -1.0}}
     callbacks = ("--config", write("cold.yaml", {"trainer": {"callbacks": [distill]}}))
@@ -342,10 +251,12 @@ def test_errors_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_wrong_options_are_named_without_a_page_of_right_ones(capsys: pytest.CaptureFixture[str]) -> None:
     config = ("--config", write("half.yaml", CONFIG))
+    typo = write("typo.yaml", {**CONFIG, "modle": {"num_classes": 3}})
     for arguments, named in (
-        (("fit", *config, "--trainer.max_epoks", "3"), "max_epoks"),
+        (("fit", *config, "--trainer.max_epoks", "3"), "did you mean 'trainer.max_epochs'?"),
+        (("fit", *config, "--model.optimiser.class_path", "SGD"), "did you mean 'model.optimizer'?"),
         (("fit", *config, "--model.num_classes", "ten"), "model.num_classes"),
-        (("fit", "--config", write("typo.yaml", {**CONFIG, "modle": {"num_classes": 3}})), "modle"),
+        (("fit", "--config", typo), "did you mean 'model.num_classes'?"),
         (("fitt", *config), "fitt"),
     ):
         with pytest.raises(SystemExit) as stop:
@@ -354,11 +265,3 @@ def test_wrong_options_are_named_without_a_page_of_right_ones(capsys: pytest.Cap
         assert stop.value.code == 2
         assert named in said and "fit --help" in said
         assert len(said.splitlines()) < 10
-
-
-def test_results_that_are_none_are_refused() -> None:
-    with pytest.raises(InputError, match="cannot read none"):
-        Result.read("none")
-    Path(FILE).write_text(json.dumps({"recipe": "small"}))
-    with pytest.raises(InputError, match=r"results\.json is no results\.json of this version: KeyError"):
-        Result.read(".")

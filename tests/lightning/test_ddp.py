@@ -99,6 +99,10 @@ def test_two_processes_that_are_interrupted_end_at_the_same_weights(ranks: tuple
         torch.testing.assert_close(ended["resumed"], ended["whole"], rtol=0, atol=0)
 
 
+def test_two_processes_count_a_file_once_that_both_have_skipped(ranks: tuple[Path, list[dict]]) -> None:
+    assert [found["skipped"] for found in ranks[1]] == [{"train": 3}, {"train": 3}]
+
+
 def test_two_processes_count_the_pixels_of_each_image_once(ranks: tuple[Path, list[dict]]) -> None:
     pytest.importorskip("mmseg", exc_type=ImportError)
     module = Segmenter(TINY, num_classes=3, input_size=32, options={"dense": True})

@@ -49,9 +49,9 @@ def write(runs: Path, *results: Result) -> None:
         result.write(runs / result.recipe / result.config / f"seed{result.seed}")
 
 
-def table_of(runs: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+def table_of(runs: Path, monkeypatch: pytest.MonkeyPatch, *options: str) -> str:
     readme = runs.parent / "README.md"
-    monkeypatch.setattr("sys.argv", ["results_table.py", f"--runs={runs}", f"--out={readme}"])
+    monkeypatch.setattr("sys.argv", ["results_table.py", f"--runs={runs}", f"--out={readme}", *options])
     assert script.main() == 0
     return readme.read_text()
 
@@ -63,6 +63,23 @@ def test_seeds_are_one_row_with_mean_and_spread(runs: Path, monkeypatch: pytest.
 
     assert "| resnet | 92.00 | 91.00 to 93.00 | 0, 1 | 0.00928 | 0.078 M | 20 ms |" in text
     assert text.startswith("# Recipes\n\nby hand\n") and text.endswith("the end\n") and "old" not in text
+
+
+def test_what_training_took_beside_other_work_can_be_left_out(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(runs, RUN)
+    times = ("20 ms", "1.0 %", "5.0")
+
+    table = table_of(runs, monkeypatch)
+    assert all(f"| {cell} |" in table for cell in (*times, "91.00"))
+    table = table_of(runs, monkeypatch, "--shared-machine")
+    assert "| 91.00 |" in table and "shared their machine" in table
+    assert not any(f"| {cell} |" in table for cell in times)
+
+
+def test_skipped_images_are_told_of(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(runs, RUN, replace(RUN, seed=1, skipped={"train": 2, "val": 1}))
+
+    assert "| resnet (3 unreadable images skipped) |" in table_of(runs, monkeypatch)
 
 
 def test_other_options_are_another_row(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -140,6 +140,18 @@ class ImageData(LightningDataModule):
         """
         return {split: len(corrupt.found) for split, corrupt in self.corrupt_files.items() if corrupt.found}
 
+    def skipped_everywhere(self) -> dict[str, int]:
+        """Return the same of all processes together; each of them has to call it."""
+        _, world = self.shares
+        if world == 1:
+            return self.skipped
+        own = {split: set(corrupt.found) for split, corrupt in self.corrupt_files.items()}
+        everywhere: list[Any] = [None] * world
+        torch.distributed.all_gather_object(everywhere, own)
+        splits = sorted({split for one in everywhere for split in one})
+        united = {split: set().union(*(one.get(split, ()) for one in everywhere)) for split in splits}
+        return {split: len(names) for split, names in united.items() if names}
+
     @property
     def train_sizes(self) -> list[Size]:
         """All sizes that the model is trained on: those of the schedule, if there is one."""
