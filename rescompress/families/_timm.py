@@ -9,7 +9,7 @@ from rescompress.errors import UnsupportedModelError
 from rescompress.families._base import class_names
 
 
-def patches(model: nn.Module, embed: str, input_size: Grid, pos_embed: str | None = None) -> dict[str, Any]:
+def patches(model: nn.Module, embed: str, input_size: Grid) -> dict[str, Any]:
     """Return what a ViTAnatomy says of the patches that timm's PatchEmbed `embed` cuts.
 
     Raises:
@@ -20,7 +20,7 @@ def patches(model: nn.Module, embed: str, input_size: Grid, pos_embed: str | Non
     if class_names(module)[0] != "timm.layers.patch_embed.PatchEmbed" or not isinstance(conv, nn.Conv2d):
         raise UnsupportedModelError(
             f"{type(model).__name__} cuts patches with {class_names(module)[0]}; only timm's PatchEmbed, one "
-            "convolution, can be resized"
+            "convolution, and in a VisionTransformer its HybridEmbed, a stem of several, can be resized"
         )
     patch, pads = (conv.kernel_size[0], conv.kernel_size[1]), bool(module.dynamic_img_pad)
     grid = cells(input_size, patch, pads)
@@ -30,9 +30,8 @@ def patches(model: nn.Module, embed: str, input_size: Grid, pos_embed: str | Non
         "patch_conv": f"{embed}.proj",
         "patch_size": patch,
         "pads_image": pads,
-        "pos_embed": pos_embed,
+        # A dynamic model resamples its position embedding from its own grid at run time; that need not be the image's.
         "pos_embed_grid": module.grid_size or grid,
-        "pos_embed_prefix_tokens": 0,
         "grid_attributes": (
             GridAttribute(name=f"{embed}.patch_size", holds="pixels_per_token_pair"),
             GridAttribute(name=f"{embed}.grid_size", holds="grid"),

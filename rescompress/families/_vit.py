@@ -8,13 +8,11 @@ from typing import Any
 from torch import nn
 
 from rescompress import surgery
-from rescompress.anatomy import Grid, GridAttribute, cells
+from rescompress.anatomy import Grid, cells
 from rescompress.errors import UnsupportedModelError
 from rescompress.families._base import class_names
-from rescompress.families._timm import sequence
+from rescompress.families._timm import patches, sequence
 from rescompress.layers.rotary import SpacedRotary
-
-PATCH_EMBED = "timm.layers.patch_embed.PatchEmbed"
 
 _INDEXED = {
     "timm.layers.pos_embed_sincos.RotaryEmbeddingCat": SpacedRotary.from_axial,
@@ -34,33 +32,9 @@ def patch_embedding(model: Any, input_size: Grid) -> dict[str, Any]:
     Raises:
         UnsupportedModelError: the patches are cut by something else.
     """
-    embed = model.patch_embed
-    conv = getattr(embed, "proj", None)
-    if class_names(embed)[0] != PATCH_EMBED or not isinstance(conv, nn.Conv2d):
-        raise UnsupportedModelError(
-            f"{type(model).__name__} cuts patches with {class_names(embed)[0]}; only timm's PatchEmbed, one "
-            "convolution, and its HybridEmbed, a stem of several, can be resized"
-        )
-    patch, pads = pair(conv.kernel_size), bool(embed.dynamic_img_pad)
-    grid = cells(input_size, patch, pads)
-    return {
-        "input_size": input_size,
-        "image_size": input_size,
-        "patch_conv": "patch_embed.proj",
-        "patch_size": patch,
-        "pads_image": pads,
-        # A dynamic model resamples its position embedding from its own grid at run time; that need not be the image's.
-        "pos_embed_grid": embed.grid_size or grid,
-        "grid_attributes": (
-            GridAttribute(name="patch_embed.patch_size", holds="pixels_per_token_pair"),
-            GridAttribute(name="patch_embed.grid_size", holds="grid"),
-            GridAttribute(name="patch_embed.num_patches", holds="num_tokens"),
-        ),
-        "grid_method": "patch_embed.dynamic_feat_size",
-        "fixed_input": bool(embed.strict_img_size),
-        "size_check": "patch_embed.strict_img_size",
-        **sequence("blocks", model.blocks, grid),
-    }
+    parts = patches(model, "patch_embed", input_size)
+    grid = cells(input_size, parts["patch_size"], parts["pads_image"])
+    return {**parts, **sequence("blocks", model.blocks, grid)}
 
 
 def refit_rotary(owner: nn.Module, name: str, old: Grid, new: Grid) -> None:

@@ -16,9 +16,11 @@ def describe(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     """Read the parts off the model's own attributes; the blocks are those of the patch tokens."""
     host: Any = model
     height, width = image_of(model, args, kwargs).shape[-2:]
-    parts = patches(model, "patch_embed", (height, width), pos_embed="pos_embed")
+    parts = patches(model, "patch_embed", (height, width))
     return ViTAnatomy(
         family=FAMILY.name,
+        pos_embed="pos_embed",
+        pos_embed_prefix_tokens=0,
         num_prefix_tokens=1,
         prefix_from_block=len(host.blocks),
         pools_all=True,

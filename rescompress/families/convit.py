@@ -21,11 +21,13 @@ def describe(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     """Read the parts off the model's own attributes; the class token joins behind the blocks that count distances."""
     host: Any = model
     height, width = image_of(model, args, kwargs).shape[-2:]
-    parts = patches(model, "patch_embed", (height, width), pos_embed="pos_embed" if host.use_pos_embed else None)
+    parts = patches(model, "patch_embed", (height, width))
     grid = parts["pos_embed_grid"]
     return ViTAnatomy(
         family=FAMILY.name,
         refit=refit,
+        pos_embed="pos_embed" if host.use_pos_embed else None,
+        pos_embed_prefix_tokens=0,
         num_prefix_tokens=1,
         prefix_from_block=host.local_up_to_layer,
         norm="norm",

@@ -43,6 +43,8 @@ def describe(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     return ViTAnatomy(
         family=FAMILY.name,
         refit=refit,
+        pos_embed=None,
+        pos_embed_prefix_tokens=0,
         num_prefix_tokens=0,
         norm="norm",
         mean_pooled=host.global_pool == "avg",

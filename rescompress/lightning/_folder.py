@@ -17,7 +17,7 @@ LAST = "last.ckpt"
 EARLIER = "earlier"
 """Where --fresh puts a run away: a whole run's folder in that of the run that takes its place."""
 
-_LEFT = (LAST, FILE, SAVED, "cost.csv", "logs", "events.out.tfevents.*")
+_LEFT = (LAST, FILE, SAVED, "cost.csv", "logs", "hparams.yaml", "events.out.tfevents.*")
 
 
 class RunFolder:
