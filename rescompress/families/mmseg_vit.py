@@ -13,6 +13,7 @@ from rescompress import surgery
 from rescompress.anatomy import Anatomy, Grid, ViTAnatomy, cells
 from rescompress.errors import UnsupportedModelError
 from rescompress.families._base import Family, class_names, image_of
+from rescompress.families._windows import relative_index
 
 VIT = "mmseg.models.backbones.vit.VisionTransformer"
 BEIT = "mmseg.models.backbones.beit.BEiT"
@@ -102,13 +103,9 @@ def _relative_index(grid: Grid) -> Tensor:
         - Output: (1 + H * W, 1 + H * W); the last three rows of the table are class to token, token to class, class to
           class
     """
-    height, width = grid
-    distances = (2 * height - 1) * (2 * width - 1)
-    rows = torch.arange(height).repeat_interleave(width)
-    columns = torch.arange(width).repeat(height)
-    down, right = rows[:, None] - rows[None, :] + height - 1, columns[:, None] - columns[None, :] + width - 1
-    index = torch.empty(1 + height * width, 1 + height * width, dtype=torch.long)
-    index[1:, 1:] = down * (2 * width - 1) + right
+    positions, distances = grid[0] * grid[1], (2 * grid[0] - 1) * (2 * grid[1] - 1)
+    index = torch.empty(1 + positions, 1 + positions, dtype=torch.long)
+    index[1:, 1:] = relative_index(grid)
     index[0, :] = distances
     index[:, 0] = distances + 1
     index[0, 0] = distances + 2

@@ -12,6 +12,7 @@ from rescompress import surgery
 from rescompress.anatomy import Anatomy, Grid, ViTAnatomy
 from rescompress.families._base import Family, image_of
 from rescompress.families._vit import patch_embedding
+from rescompress.families._windows import without_table
 from rescompress.layers.rotary import SpacedLogCoords
 
 TABLE = "relative_position_bias_table"
@@ -41,12 +42,9 @@ def refit(host: nn.Module, anatomy: Anatomy, grid: Grid) -> None:
     for fqn, module in list(host.named_modules()):
         owner: Any = module
         if getattr(module, TABLE, None) is not None:
-            table = owner._parameters[TABLE]
-            # The host makes all else for the new window; on the meta device it leaves the table's values alone.
-            owner._parameters[TABLE] = nn.Parameter(table.detach().to("meta"), requires_grad=table.requires_grad)
-            owner.set_window_size(grid)
-            owner._parameters[TABLE] = table
-            extra = table.shape[0] - (2 * old[0] - 1) * (2 * old[1] - 1)
+            with without_table(module):
+                owner.set_window_size(grid)
+            extra = owner._parameters[TABLE].shape[0] - (2 * old[0] - 1) * (2 * old[1] - 1)
             surgery.resample(host, f"{fqn}.{TABLE}" if fqn else TABLE, "relative", old, grid, extra)
         elif hasattr(module, "rel_coords_log"):
             if owner.mode == "cr":  # counted in steps; those of Swin are over the window's side
