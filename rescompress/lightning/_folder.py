@@ -2,13 +2,16 @@
 
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import yaml
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
+from filelock import FileLock, Timeout
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
 
-from rescompress.errors import InputError
+from rescompress.errors import InputError, RescompressWarning, one_line
 from rescompress.lightning._configs import SAVED, saved
 from rescompress.lightning.checkpoints import LastCheckpoint, read_checkpoint
 from rescompress.lightning.results import FILE, Result
@@ -47,6 +50,41 @@ class RunFolder:
             return read_checkpoint(self.last)
         except InputError as error:
             raise InputError(f"{error}; to begin anew, say --fresh") from error
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other processes from training in the folder; the lock of a killed process is gone with it.
+
+        Raises:
+            InputError: another process trains there.
+        """
+        if getattr(rank_zero_only, "rank", 0):  # the ranks are one run
+            yield
+            return
+        self.path.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self.path / ".lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout as error:
+            raise InputError(
+                f"another process trains in {self.path}; wait for its end, or give --folder for another run"
+            ) from error
+        except (NotImplementedError, OSError) as error:
+            rank_zero_warn(
+                f"{self.path} cannot be locked ({one_line(error)}): let no second process train there",
+                category=RescompressWarning,
+            )
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def how_to_go_on(self) -> str:
+        """Say what the same command will do."""
+        found = self.checkpoint()
+        if found is None:
+            return "there is no checkpoint yet, so the same command begins anew"
+        return f"the same command goes on from step {found['global_step']} of {self.last}"
 
     @rank_zero_only
     def put_away(self) -> None:

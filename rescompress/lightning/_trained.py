@@ -122,12 +122,27 @@ class Trained(Scored):
         if not bool(loss.isfinite()):
             raise InputError(
                 f"the loss is {float(loss)} at step {self.global_step} (epoch {self.current_epoch}, batch {batch_idx}) "
-                f"with a learning rate of {rate:g}; {_suspects(batch)}; lower the learning rate, or look at these files"
+                f"with a learning rate of {rate:g}; {_suspects(batch)}; begin anew with a lower learning rate, or look "
+                "at these files"
             )
         found = {f"train/{name}": value.detach() for name, value in losses.items()}
         self.log_dict(found, prog_bar=True, batch_size=len(batch.images))
         self.log("train/learning_rate", rate, batch_size=len(batch.images))
         return loss
+
+    def on_train_epoch_end(self) -> None:
+        """Look at the weights: no loss tells of what the last step did.
+
+        Raises:
+            InputError: some are not finite.
+        """
+        broken = [name for name, weights in self.named_parameters() if not bool(weights.isfinite().all())]
+        if broken:
+            more = " and more" if len(broken) > 3 else ""
+            raise InputError(
+                f"after step {self.global_step} (epoch {self.current_epoch}) weights are not finite: "
+                f"{', '.join(broken[:3])}{more}; begin anew with a lower learning rate"
+            )
 
 
 def _suspects(batch: Batch) -> str:

@@ -3,6 +3,8 @@
 import argparse
 import importlib.util
 import os
+import re
+import signal
 import sys
 from pathlib import Path
 from typing import Any, NoReturn
@@ -14,6 +16,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.plugins.io import CheckpointIO
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from rescompress.errors import InputError, RescompressError, RescompressWarning, one_line
 from rescompress.lightning._configs import (
@@ -67,8 +70,10 @@ class RecipeCLI(LightningCLI):
         # The samplers of the DataModules give each rank its share themselves.
         defaults = {"use_distributed_sampler": False, "enable_model_summary": False}  # CostMonitor counts what it would
         options["trainer_defaults"] = {**defaults, **options.get("trainer_defaults", {})}
-        if os.getcwd() not in sys.path:  # as `python -m` has it: configs name classes of the current folder
+        # Configs name classes of the current folder, as `python -m` has it, and of the package that the script lies in.
+        if os.getcwd() not in sys.path:
             sys.path.insert(0, os.getcwd())
+        sys.path.append(str(Path(sys.argv[0]).resolve().parent.parent))
         super().__init__(model_class, datamodule_class, auto_configure_optimizers=False, **options)
 
     @staticmethod
@@ -100,10 +105,14 @@ class RecipeCLI(LightningCLI):
                 self.config[self.config.subcommand]["extends"] = None  # it has been merged, and is saved as one
         else:
             super().parse_arguments(parser, args)
+        named: Any = self.config.get("subcommand")
+        seed = int((self.config[named] if named else self.config).get("seed_everything") or 0)
+        if not 0 <= seed < 2**32:
+            raise InputError(f"seed_everything must be in 0 to 2**32 - 1, got {seed}")
 
     def before_instantiate_classes(self) -> None:
         """Give model and data the seed of the run, and put it into paths that name other runs of the same seed."""
-        config: Any = self.config[self.subcommand] if self.subcommand else self.config
+        config = self._own_config
         seed = int(config["seed_everything"])
         for key in ("model", "trainer"):
             config[key] = with_seed(config[key], seed)
@@ -198,8 +207,15 @@ class RecipeCLI(LightningCLI):
     # LightningCLI calls these in place of the trainer's.
 
     def fit(self, model: Trained, ckpt_path: Any = None, **options: Any) -> None:
-        """Train, from last.ckpt on if it is there, then test and write results.json."""
-        if not is_dry(self.trainer):
+        """Train, from last.ckpt on if it is there, then test and write results.json.
+
+        Raises:
+            SystemExit: SIGTERM or Ctrl-C ended it, with the exit code of that.
+        """
+        if is_dry(self.trainer):
+            self._run().fit(model, ckpt_path, None, **options)
+            return
+        with self.run_folder.locked():
             if self._get(self.config, "fresh"):
                 self._begin_anew(ckpt_path)
             else:
@@ -207,7 +223,12 @@ class RecipeCLI(LightningCLI):
             if ckpt_path is not None and not self.run_folder.owns(ckpt_path):
                 note_begun_from(self.trainer, ckpt_path)
             self._save_options()
-        self._run().fit(model, ckpt_path, self._earlier, **options)
+            try:
+                self._run().fit(model, ckpt_path, self._earlier, **options)
+            except SystemExit as stop:  # Lightning ends a run so; for SIGTERM with the exit code of success
+                by = signal.SIGTERM if isinstance(stop, SIGTERMException) else signal.SIGINT
+                rank_zero_info(f"ended by {by.name}; {self.run_folder.how_to_go_on()}")
+                raise SystemExit(128 + by) from stop
 
     def test(self, model: Trained, ckpt_path: Any = None, **options: Any) -> None:
         """Test last.ckpt and write results.json, or test another checkpoint."""
@@ -297,6 +318,15 @@ def main(
         _fail(f"{error}\ntip: {Path(sys.argv[0]).name} fit --help lists the options", code=2, cause=error)
     except (RescompressError, OSError) as error:  # a full disk, a folder that cannot be written
         _fail(str(error), code=1, cause=error)
+    except RuntimeError as error:
+        if not re.search("gloo|NCCL", str(error)):
+            raise
+        _fail(
+            f"the processes have lost each other ({one_line(error, 120)}); if another one's error stands above, that "
+            "is why; the same command goes on from the last checkpoint",
+            code=1,
+            cause=error,
+        )
 
 
 def _fail(message: str, code: int, cause: Exception) -> NoReturn:

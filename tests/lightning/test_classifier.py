@@ -233,9 +233,17 @@ def test_a_loss_that_is_not_finite_names_the_files() -> None:
         trainer().fit(made(), datamodule=Tiny(poison=3))
     module = made(loss=Infinite())
     with pytest.raises(
-        InputError, match=r"the loss is inf at step 0 .*the batch was image\d+\.png, image\d+\.png, .*; low"
+        InputError, match=r"the loss is inf at step 0 .*the batch was image\d+\.png, image\d+\.png, .*; begin"
     ):
         trainer(num_sanity_val_steps=0).fit(module, datamodule=Tiny())
+
+
+def test_weights_that_the_last_step_broke_are_told_of() -> None:
+    module = made(optimizer=lambda groups: torch.optim.SGD(groups, lr=float("inf")))
+    with pytest.raises(
+        InputError, match=r"after step 1 \(epoch 0\) weights are not finite: model.* and more; begin anew"
+    ):
+        trainer(max_steps=1, limit_val_batches=0).fit(module, datamodule=Tiny())
 
 
 class Infinite(nn.Module):

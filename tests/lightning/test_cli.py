@@ -224,6 +224,7 @@ def test_errors_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert "begin with a file of weights by initial_weights: FILE" in fails(
         "fit", *config, "--model.model", "timm:mobilenetv4_conv_small_035", "--model.pretrained", "true"
     )
+    assert "seed_everything must be in 0 to 2**32 - 1, got -1" in fails("fit", *config, "--seed_everything=-1")
     # Also where the config names the class, which jsonargparse makes by trying what fits.
     distill = {"class_path": "rescompress.lightning.Distill", "init_args": {"temperature": -1.0}}
     callbacks = ("--config", write("cold.yaml", {"trainer": {"callbacks": [distill]}}))
@@ -247,6 +248,22 @@ def test_errors_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
         "--model.spec",
         json.dumps({"steps": [{"kind": "stem_resize", "scale": 0.75}]}),
     )
+
+
+def test_processes_that_lose_each_other_point_to_the_error_that_made_them(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def lost(*args: Any, **options: Any) -> None:
+        raise RuntimeError("[gloo/transport/tcp/pair.cc:561] Connection closed by peer")
+
+    monkeypatch.setattr(Classifier, "training_step", lost)
+    with pytest.raises(SystemExit, match="1"):
+        main(Classifier, Tiny, args=["fit", "--config", write("half.yaml", CONFIG), "--folder", "a"])
+    assert "error: the processes have lost each other ([gloo" in capsys.readouterr().err
+
+    monkeypatch.setattr(Classifier, "training_step", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):  # an error of the user's own code is not hidden
+        main(Classifier, Tiny, args=["fit", "--config", "half.yaml", "--folder", "b"])
 
 
 def test_wrong_options_are_named_without_a_page_of_right_ones(capsys: pytest.CaptureFixture[str]) -> None:

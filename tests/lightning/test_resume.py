@@ -117,16 +117,26 @@ def test_a_run_that_is_interrupted_in_its_last_recalibration(tmp_path: Path, mon
     ended_alike(tmp_path / "whole", tmp_path / "broken")
 
 
-def test_a_killed_process_run_again_by_the_same_command_ends_at_the_same_weights(tmp_path: Path) -> None:
-    stop = {"at": 13, "marker": str(tmp_path / "killed"), "kill": True}
+@pytest.mark.parametrize(
+    ("by", "code"),
+    [("SIGKILL", -signal.SIGKILL), ("SIGTERM", 128 + signal.SIGTERM), ("SIGINT", 128 + signal.SIGINT)],
+)
+def test_a_killed_process_run_again_by_the_same_command_ends_at_the_same_weights(
+    by: str, code: int, tmp_path: Path
+) -> None:
+    stop = {"at": 13, "marker": str(tmp_path / "killed"), "kill": by}
     (tmp_path / "broken.yaml").write_text(yaml.safe_dump(config(stop)))
     command = ["fit", "--config", str(tmp_path / "broken.yaml"), "--folder", str(tmp_path / "broken")]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     killed = subprocess.run(
         [sys.executable, str(SCRIPT), *command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=250
     )
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert killed.returncode == code, killed.stderr
     assert torch.load(tmp_path / "broken" / "last.ckpt", weights_only=True)["global_step"] == 12
+    if by != "SIGKILL":
+        told = f"ended by {by}; the same command goes on from step 12 of {tmp_path / 'broken' / 'last.ckpt'}"
+        assert told in killed.stderr
+        assert "Traceback" not in killed.stderr
 
     RecipeCLI(Classifier, Tiny, args=command)
     run(tmp_path / "whole.yaml", tmp_path / "whole", config())

@@ -14,6 +14,7 @@ from rescompress.errors import InputError
 pytest.importorskip("lightning")
 
 from rescompress.lightning import Result
+from rescompress.lightning._folder import RunFolder
 from rescompress.lightning.results import FILE
 from tests.lightning.tiny import Stopped
 from tests.lightning.tiny_runs import CONFIG, at_home, cli, write
@@ -145,6 +146,17 @@ def test_a_run_that_is_begun_from_another_ones_checkpoint_goes_on_with_its_own()
         cli(*config, "4", "--folder", "a", "--ckpt_path", "b/last.ckpt")
     with pytest.raises(InputError, match=r"--fresh begins without b/last.ckpt"):
         cli(*begin[:-1], "b/last.ckpt", "--fresh")
+
+
+def test_a_second_process_does_not_train_in_the_same_folder() -> None:
+    config = ("fit", "--config", write("half.yaml", CONFIG), "--folder")
+    with RunFolder("a").locked():
+        with pytest.raises(InputError, match="another process trains in a; wait for its end, or give --folder"):
+            cli(*config, "a")
+        cli(*config, "b")  # another folder is free
+    cli(*config, "a")
+    with RunFolder("a").locked():  # a run that has ended, by an error too, gives its folder back
+        pass
 
 
 def test_a_checkpoint_of_another_model_is_refused() -> None:

@@ -45,10 +45,10 @@ class Stop(Callback):
         at: number of steps after which it ends.
         marker: file that says that it has happened.
         where: "step", or "validation" after that step.
-        kill: the process, by SIGKILL; else by an error.
+        kill: name of the signal that the process gets; else it is an error.
     """
 
-    def __init__(self, at: int, marker: str, where: str = "step", kill: bool = False) -> None:
+    def __init__(self, at: int, marker: str, where: str = "step", kill: str | None = None) -> None:
         self.at, self.marker, self.where, self.kill = at, Path(marker), where, kill
 
     def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
@@ -60,9 +60,9 @@ class Stop(Callback):
     def stop(self, trainer: Trainer, where: str) -> None:
         if where == self.where and trainer.global_step == self.at and not self.marker.exists():
             self.marker.touch()
-            if self.kill:
-                os.kill(os.getpid(), signal.SIGKILL)
-            raise Stopped
+            if self.kill is None:
+                raise Stopped
+            os.kill(os.getpid(), signal.Signals[self.kill])
 
 
 class Ranks(Callback):
