@@ -36,12 +36,14 @@ class Record:
         anatomy: what the model looks like now, so that later steps can go on from here
         log: what each step did, a line or more: the grid before and after, layers that were left as they were
         folded: whether `fold` has rewritten the model for deployment since
+        channels: of the example's image; None where it is not known
     """
 
     spec: Spec
     anatomy: Anatomy
     log: tuple[str, ...]
     folded: bool = False
+    channels: int | None = None
 
 
 def compress(
@@ -283,7 +285,7 @@ def carry_out(model: Model, spec: Spec, anatomy: Anatomy, samples: Samples | Non
         UnsupportedModelError: a method does not fit this kind of model.
     """
     record = getattr(model, _RECORD, None)
-    earlier = record if isinstance(record, Record) else Record(Spec(), anatomy, ())
+    earlier = record if isinstance(record, Record) else Record(Spec(), anatomy, (), channels=_channels(model, samples))
     whole = earlier.spec + spec  # raises before anything is changed if the stages would go back
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RescompressWarning)  # the check has given them
@@ -291,5 +293,12 @@ def carry_out(model: Model, spec: Spec, anatomy: Anatomy, samples: Samples | Non
     if _hf_config.is_pretrained(model):
         _hf_config.write(model, [_hf_config.part("", whole, anatomy)])
         log += _hf_config.lines(spec, anatomy)
-    setattr(model, _RECORD, Record(whole, anatomy, earlier.log + log))
+    setattr(model, _RECORD, Record(whole, anatomy, earlier.log + log, channels=earlier.channels))
     return model
+
+
+def _channels(model: nn.Module, samples: Samples | None) -> int | None:
+    """Return the number of channels of the example's image, before steps change what takes it."""
+    if samples is None or samples.example is None:
+        return None
+    return int(image_of(model, *samples.example).shape[1])

@@ -40,6 +40,10 @@ class CheckpointError(RescompressError, RuntimeError):
     """A checkpoint of a training run could not be written."""
 
 
+class WriteError(RescompressError, OSError):
+    """A file could not be written; the one from before, if there was one, is still there whole."""
+
+
 class RescompressWarning(UserWarning):
     """Something was done otherwise than asked, and the message says what."""
 

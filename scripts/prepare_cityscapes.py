@@ -4,16 +4,17 @@
 #     python scripts/prepare_cityscapes.py ROOT --counts     # images of each city, share of pixels of each class
 #     python scripts/prepare_cityscapes.py ROOT --decode     # files that cannot be read
 #
-# The exit status is 1, and the message shows the expected tree, where something is wrong.
+# Where something is wrong, the exit status is 1, and the message shows the expected tree or names a file that cannot be
+# read.
 
 import argparse
 import sys
 
 import torch
 
-from rescompress.errors import InputError
+from rescompress.errors import RescompressError
 from rescompress.lightning.data import Cityscapes
-from rescompress.lightning.data.check import report
+from rescompress.lightning.data.check import refuse_corrupt, report
 
 
 def main() -> None:
@@ -30,7 +31,8 @@ def main() -> None:
         print(report(data, counts=options.counts, decode=options.decode))
         if options.counts:
             print(f"\n{pixel_shares(data)}")
-    except InputError as error:
+        refuse_corrupt(data)
+    except (RescompressError, OSError) as error:
         sys.exit(f"error: {error}")
 
 

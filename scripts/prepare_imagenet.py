@@ -5,15 +5,16 @@
 #     python scripts/prepare_imagenet.py ROOT --write-shards OUT    # shards of the folders, in a random order
 #     python scripts/prepare_imagenet.py ROOT --index               # count the samples of shards, write _info.json
 #
-# The exit status is 1, and the message shows the expected tree, where something is wrong.
+# Where something is wrong, the exit status is 1, and the message shows the expected tree or names a file that cannot be
+# read.
 
 import argparse
 import sys
 from pathlib import Path
 
-from rescompress.errors import InputError
+from rescompress.errors import InputError, RescompressError
 from rescompress.lightning.data import ImageFolders, ImageShards
-from rescompress.lightning.data.check import report
+from rescompress.lightning.data.check import refuse_corrupt, report
 from rescompress.lightning.data.shard_files import write_index, write_shards
 from rescompress.lightning.data.shards import INFO, named_classes
 
@@ -48,6 +49,8 @@ def main() -> None:
                 str(options.root), num_classes=options.classes, corrupt="skip", workers=options.workers
             )
             print(report(folders, counts=options.counts, decode=options.decode))
+            if options.write_shards is None or options.corrupt == "stop":
+                refuse_corrupt(folders)
             if options.write_shards is None:
                 return
             shard(folders, options)
@@ -55,7 +58,8 @@ def main() -> None:
         classes = options.classes or len(named_classes(options.root)) or 1000
         shards = ImageShards(str(options.root), num_classes=classes, corrupt="skip", workers=options.workers)
         print(report(shards, counts=options.counts, decode=options.decode))
-    except InputError as error:
+        refuse_corrupt(shards)
+    except (RescompressError, OSError) as error:
         sys.exit(f"error: {error}")
 
 

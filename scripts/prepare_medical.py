@@ -6,13 +6,13 @@
 #     python scripts/prepare_medical.py ROOT --sizes 224 --unpack          # arrays that need not fit in memory
 #     python scripts/prepare_medical.py ROOT --name bloodmnist
 #
-# The files come from `python -m medmnist download --root=ROOT --size=224`, those of other sizes likewise. The exit
-# status is 1, and the message shows the expected tree, where something is wrong.
+# The files come from `python -m medmnist download --root=ROOT --size=224`, those of other sizes likewise. Where
+# something is wrong, the exit status is 1, and the message shows the expected tree or names a file that cannot be read.
 
 import argparse
 import sys
 
-from rescompress.errors import InputError
+from rescompress.errors import RescompressError
 from rescompress.lightning.data import MedMNIST
 from rescompress.lightning.data.check import report
 from rescompress.lightning.data.medmnist import SIZES
@@ -34,7 +34,7 @@ def main() -> None:
             if options.unpack:
                 print(f"wrote {data.unpack(size)}")
             print(report(data, counts=options.counts))
-    except InputError as error:
+    except (RescompressError, OSError) as error:
         sys.exit(f"error: {error}")
 
 

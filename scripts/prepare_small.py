@@ -4,14 +4,15 @@
 #     python scripts/prepare_small.py fashion_mnist --root ROOT
 #     python scripts/prepare_small.py elpv --counts            # of the package elpv-dataset (data CC BY-NC-SA)
 #
-# The exit status is 1, and the message shows the expected tree, where something is wrong.
+# Where something is wrong, the exit status is 1, and the message shows the expected tree or names a file that cannot be
+# read.
 
 import argparse
 import sys
 
-from rescompress.errors import InputError
+from rescompress.errors import RescompressError
 from rescompress.lightning.data import ELPV, FashionMNIST
-from rescompress.lightning.data.check import report
+from rescompress.lightning.data.check import refuse_corrupt, report
 
 
 def main() -> None:
@@ -25,7 +26,8 @@ def main() -> None:
         given = {} if options.root is None else {"root": options.root}
         data = {"fashion_mnist": FashionMNIST, "elpv": ELPV}[options.name](corrupt="skip", **given)
         print(report(data, counts=options.counts, decode=options.decode))
-    except InputError as error:
+        refuse_corrupt(data)
+    except (RescompressError, OSError) as error:
         sys.exit(f"error: {error}")
 
 

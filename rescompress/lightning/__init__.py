@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from rescompress.lightning.checkpoints import AtomicCheckpoints as AtomicCheckpoints
     from rescompress.lightning.checkpoints import LastCheckpoint as LastCheckpoint
     from rescompress.lightning.checkpoints import SpecInCheckpoint as SpecInCheckpoint
+    from rescompress.lightning.checkpoints import compress_as_saved as compress_as_saved
     from rescompress.lightning.checkpoints import load_model as load_model
     from rescompress.lightning.classifier import Classifier as Classifier
     from rescompress.lightning.cli import RecipeCLI as RecipeCLI
@@ -54,6 +55,7 @@ _HOME = {
     "SpecInCheckpoint": "checkpoints",
     "WarmupCosine": "schedules",
     "WarmupPoly": "schedules",
+    "compress_as_saved": "checkpoints",
     "load_model": "checkpoints",
     "main": "cli",
 }

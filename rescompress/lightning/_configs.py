@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 from jsonargparse import ArgumentParser, Namespace
 
-from rescompress.errors import InputError
+from rescompress.errors import InputError, one_line
 from rescompress.references.wanted import nearest
 
 _namespace: Any = Namespace  # its constructor has no types
@@ -39,6 +39,8 @@ _WATCHING = (
 )
 """Callbacks that do not change what is trained."""
 
+_SEED = r"(model|data|trainer\.callbacks\.\w+)\.seed"
+
 _RUN = "# run: "
 
 
@@ -46,7 +48,7 @@ def with_extended(arguments: list[str]) -> list[str]:
     """Return the arguments with a --config for each file that a config extends, before its own.
 
     Raises:
-        InputError: such a file is not there, or extends itself; or --extends is given.
+        InputError: a config is not there, is no YAML or extends itself; or --extends is given.
     """
     found: list[str] = []
     rest = iter(arguments)
@@ -67,15 +69,28 @@ def _chain(path: Path, extending: tuple[Path, ...]) -> list[Path]:
     """Return a config behind what it extends."""
     if path in extending:
         raise InputError(f"the config {path} extends itself")
+    by = f", which {extending[-1]} extends" if extending else ""
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        by = f", which {extending[-1]} extends" if extending else ""
         raise InputError(f"there is no config {path}{by}") from error
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InputError(f"cannot read the config {path}{by}: {_fault(error)}; mend it") from error
+    except OSError:
         return [path]  # jsonargparse says what is wrong with it
     base = data.get("extends") if isinstance(data, dict) else None
     return [path] if base is None else [*_chain(path.parent / str(base), (*extending, path)), path]
+
+
+def _fault(error: UnicodeDecodeError | yaml.YAMLError) -> str:
+    """Return where a file is no YAML, and why."""
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
+        mark = error.problem_mark  # which counts from 0, and does not know the file's name
+        why = ", ".join(one for one in (error.context, error.problem) if one)
+        return f"line {mark.line + 1}, column {mark.column + 1}: {why}"
+    if isinstance(error, yaml.reader.ReaderError):
+        return f"character {error.position + 1}: {error.reason}"
+    return one_line(error)
 
 
 def options_of(parser: ArgumentParser) -> list[str]:
@@ -107,6 +122,11 @@ def with_seed(config: Any, seed: int) -> Any:
     return [with_seed(value, seed) for value in config] if isinstance(config, list) else config
 
 
+def seedless(path: str, seed: int) -> str:
+    """Return the path of another run's file with {seed} in place of the seed, where that run is of the same one."""
+    return re.sub(rf"seed{seed}(?!\d)", "seed{seed}", path)
+
+
 def other_runs(config: Any) -> list[str]:
     """Return the files of other runs that a parsed config names."""
     if isinstance(config, list):
@@ -125,6 +145,48 @@ def without(config: Any, path: str) -> Any:
         return config
     kept = {name: None if name in _OTHER_RUNS and value == path else value for name, value in vars(config).items()}
     return _namespace(**{name: without(value, path) for name, value in kept.items()})
+
+
+def run_name(files: list[Path]) -> str:
+    """Return the name of the run of some configs: their own, joined by +.
+
+    A config that is saved in a run's folder sets everything, so that run's name stands for it and for all before it.
+
+    Args:
+        files: that were read, each behind those that it extends.
+    """
+    names: list[str] = []
+    rest = list(files)
+    while rest:
+        path = rest[-1]
+        whole = saved_name(path)
+        names.insert(0, whole or path.stem)
+        if whole:
+            break
+        del rest[-len(_chain(path, ())) :]
+    return "+".join(names) or "default"
+
+
+def merged(files: Iterable[Path]) -> dict[str, Any]:
+    """Return what configs and those that they extend say, the later ones on top, as plain data; no defaults.
+
+    Raises:
+        InputError: one is not there or is no YAML.
+        OSError: one cannot be read.
+    """
+    found: dict[str, Any] = {}
+    for path in files:
+        for one in _chain(path, ()):
+            data = yaml.safe_load(one.read_text(encoding="utf-8"))
+            found = _over(found, data if isinstance(data, dict) else {})
+    return found
+
+
+def _over(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
+    return base | {
+        name: _over(base[name], value) if isinstance(value, dict) and isinstance(base.get(name), dict) else value
+        for name, value in top.items()
+    }
 
 
 def saved(text: str, run: str) -> str:
@@ -155,6 +217,15 @@ def differences(was: dict[str, Any], now: dict[str, Any]) -> list[str]:
         if before != after and not longer:
             found.append(f"{name} was {before} and is {after}")
     return found
+
+
+def that_train(config: dict[str, Any]) -> dict[str, Any]:
+    """Return the options of a run that change what is trained, by name: all but its seed and its spec.
+
+    Args:
+        config: its parts model, data and trainer, as plain data.
+    """
+    return {name: value for name, value in _options(config).items() if not re.fullmatch(_SEED, name)}
 
 
 def _options(config: dict[str, Any]) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """The table that CostMonitor fills: its columns, its file, its totals, and the predictions in it."""
 
 import csv
-import os
+import io
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from rescompress.errors import RescompressWarning, one_line
 from rescompress.inputs import with_batch
+from rescompress.lightning._files import write_whole
 from rescompress.lightning.batches import samples_in, shape_of
 from rescompress.measure import count_macs, count_training_macs, live_activation_bytes, parameter_count
 from rescompress.measure.sandbox import copied, device_of, on_device
@@ -160,18 +161,13 @@ def write_rows(path: Path, rows: Sequence[Row]) -> None:
     """Write the table, so that a kill at any moment leaves the old or the new one whole.
 
     Raises:
-        OSError: it cannot be written; the old one is still there.
+        WriteError: it cannot be written; the old one is still there.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
-    try:
-        with part.open("w", newline="") as file:
-            table = csv.DictWriter(file, COLUMNS)
-            table.writeheader()
-            table.writerows(rows)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    text = io.StringIO(newline="")
+    table = csv.DictWriter(text, COLUMNS)
+    table.writeheader()
+    table.writerows(rows)
+    write_whole(path, text.getvalue(), retry="the next epoch writes all rows")
 
 
 def read_rows(path: Path) -> list[Row]:

@@ -13,6 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zer
 
 from rescompress.errors import InputError, RescompressWarning, one_line
 from rescompress.lightning._configs import SAVED, saved
+from rescompress.lightning._files import write_whole
 from rescompress.lightning.checkpoints import LastCheckpoint, read_checkpoint
 from rescompress.lightning.results import FILE, Result
 
@@ -118,10 +119,7 @@ class RunFolder:
     @rank_zero_only
     def save_options(self, text: str, run: str) -> None:
         """Write down the options of a run by its name, whole or not at all."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        part = self.path / f".{SAVED}.part"
-        part.write_text(saved(text, run), encoding="utf-8")
-        os.replace(part, self.path / SAVED)
+        write_whole(self.path / SAVED, saved(text, run))
 
     def result(self, later: Result) -> Result | None:
         """Return what this run left when it was tested before, with the weights of a later result."""

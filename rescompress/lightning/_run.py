@@ -6,6 +6,7 @@ from typing import Any
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
+from rescompress.lightning._configs import seedless
 from rescompress.lightning._folder import RunFolder
 from rescompress.lightning._trained import Trained
 from rescompress.lightning.checkpoints import LastCheckpoint, is_dry, read_checkpoint, stopped_itself
@@ -40,6 +41,7 @@ class Run:
         folder: of the run
         trainer: with the callbacks of the run
         datamodule: of train and test
+        options: of the run that change what is trained, by name
     """
 
     recipe: str
@@ -47,6 +49,7 @@ class Run:
     folder: RunFolder
     trainer: Trainer
     datamodule: LightningDataModule
+    options: dict[str, Any]
 
     def fit(self, model: Trained, ckpt_path: Any, begun_at: int | None, **options: Any) -> None:
         """Train, then test and write results.json.
@@ -104,6 +107,7 @@ class Run:
             return
         last = last_checkpoint(self.trainer)
         trained = last.run if last is not None and alone is None else {}
+        begun_from = None if last is None else last.begun_from
         result = gather(
             self.trainer,
             model,
@@ -117,6 +121,7 @@ class Run:
             deployed_cost=deployed,
             trained=trained,
             skipped=skipped,
+            options=self.options | ({} if begun_from is None else {"ckpt_path": seedless(begun_from, model.seed)}),
         )
         earlier = self.folder.result(result) if again else None
         if earlier is not None and earlier.finished and limited(self.trainer):

@@ -10,10 +10,13 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, Timer
 from lightning.pytorch.loops.loop import _Loop
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
-from rescompress.compress import Record
-from rescompress.errors import CheckpointError, InputError, SpecError
+from rescompress.compress import Record, compress_
+from rescompress.errors import CheckpointError, InputError, RescompressWarning, SpecError
+from rescompress.inputs import Args, default_args
 from rescompress.spec import Spec
 
 KEY = "rescompress"
@@ -46,8 +49,57 @@ def refuse_other_spec(module: nn.Module, checkpoint: Mapping[str, Any]) -> None:
             )
 
 
+def compress_as_saved(module: nn.Module, checkpoint: Mapping[str, Any]) -> None:
+    """Compress the parts of a module as those of a checkpoint were, in place, where they are not compressed yet.
+
+    For the `on_load_checkpoint` of a LightningModule that is built around a plain model: Lightning calls it before the
+    weights are loaded, in `load_from_checkpoint` as in the Trainer's methods with `ckpt_path`. Nothing is done where
+    all parts agree, or where the checkpoint says nothing of specs.
+
+    Args:
+        module: without the weights of the checkpoint.
+        checkpoint: into which `SpecInCheckpoint` has written.
+
+    Raises:
+        InputError: a part was compressed by another spec, or the module has an optimizer already, which would go on
+            with the parameters from before.
+        SpecError, UnsupportedModelError: a part cannot be compressed this way, as for `rescompress.compress_`.
+    """
+    saved = (checkpoint.get(KEY) or {}).get("parts") or {}
+    found, own = dict(module.named_modules()), _parts(module)
+    plain = [name for name in saved if name in found and name not in own]
+    if plain and _is_optimized(module):
+        raise InputError(
+            f"{', '.join(plain)} cannot be compressed as in the checkpoint any more, since the optimizer of this "
+            f"{type(module).__name__} holds the parameters already; compress it in __init__ or configure_model"
+        )
+    for name in reversed(plain):  # what is inside another part was compressed before that
+        # A wrapper that torch.compile made answers with the record of what is inside it.
+        if not isinstance(getattr(found[name], "_rescompress", None), Record):
+            compress_(found[name], saved[name]["spec"], example_input=_example(found[name], saved[name]))
+    refuse_other_spec(module, checkpoint)
+
+
 class SpecInCheckpoint(Callback):
-    """Write the specs of all compressed modules of any LightningModule into its checkpoints, and compare on loading."""
+    """Write the specs of all compressed modules of any LightningModule into its checkpoints, and compare on resuming.
+
+    Checkpoints of weights alone (`save_weights_only`) get none, for Lightning asks no callback there. Nor does it in
+    `load_from_checkpoint`, which loads the weights of a compressed model into a plain one without a word. So a
+    module must compress its model in `__init__`, or call `compress_as_saved` in its `on_load_checkpoint`.
+    """
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Warn of checkpoints that will hold no spec."""
+        if any(getattr(one, "save_weights_only", False) for one in trainer.checkpoint_callbacks):
+            rank_zero_warn(
+                "checkpoints with save_weights_only=True do not say how their model was compressed, for Lightning lets "
+                "no callback write into them; leave it at False",
+                category=RescompressWarning,
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return where the specs are: Lightning tells of callbacks with a state that a resumed run leaves out."""
+        return {"key": KEY}
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Write them."""
@@ -72,7 +124,7 @@ def load_model(path: str | Path) -> nn.Module:
     if name not in kinds:
         raise InputError(
             f"{path} is no checkpoint of {' or '.join(kinds)}; load it by its own class, "
-            f"{name or 'YourModule'}.load_from_checkpoint"
+            f"{name or 'YourModule'}.load_from_checkpoint, which must compress its model, as compress_as_saved does"
         )
     model: nn.Module = kinds[name].load_from_checkpoint(path, map_location="cpu").model
     return model.eval()
@@ -255,10 +307,36 @@ def _leave_ended_epoch(loop: Any) -> None:
 def _parts(module: nn.Module) -> dict[str, Any]:
     records = {name: getattr(one, "_rescompress", None) for name, one in module.named_modules()}
     return {
-        name: {"spec": record.spec.to_dict(), "input_size": list(record.anatomy.example_size)}
+        name: {
+            "spec": record.spec.to_dict(),
+            "input_size": list(record.anatomy.example_size),
+            "channels": record.channels,
+        }
         for name, record in records.items()
         if isinstance(record, Record)
     }
+
+
+def _example(part: nn.Module, saved: Mapping[str, Any]) -> Args:
+    """Return an example of the size and channels that a part was compressed with."""
+    height, width = saved["input_size"]
+    channels = saved.get("channels")  # checkpoints of before had none
+
+    def fitting(leaf: Any) -> Any:
+        if channels is None or not isinstance(leaf, Tensor) or leaf.ndim != 4 or leaf.shape[1] == channels:
+            return leaf
+        return leaf[:, :1].repeat(1, channels, 1, 1)
+
+    args, kwargs = default_args(part, (int(height), int(width)))
+    return tree_map(fitting, args), kwargs
+
+
+def _is_optimized(module: nn.Module) -> bool:
+    """Whether the optimizers of its Trainer hold parameters of a module: some strategies make them before they load."""
+    trainer = getattr(module, "_trainer", None)
+    optimizers = () if trainer is None else trainer.optimizers
+    held = {id(one) for optimizer in optimizers for group in optimizer.param_groups for one in group["params"]}
+    return any(id(parameter) in held for parameter in module.parameters())
 
 
 def _said(spec: Mapping[str, Any] | None) -> str:

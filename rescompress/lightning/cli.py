@@ -25,7 +25,9 @@ from rescompress.lightning._configs import (
     meant,
     options_of,
     other_runs,
+    run_name,
     saved_name,
+    that_train,
     with_extended,
     with_seed,
     without,
@@ -47,6 +49,8 @@ _TEST = {"model", "dataloaders", "datamodule", "verbose"}
 class RecipeCLI(LightningCLI):
     """LightningCLI with a folder for each run: runs/RECIPE/CONFIG/seedSEED, RECIPE and CONFIG being names of files.
 
+    The name of several configs is all of theirs, joined by +.
+
     `fit` goes on from last.ckpt where there is one of the same options, tests the weights that it ends with and writes
     results.json; `test` does the latter with last.ckpt, and only prints the scores of another checkpoint. Both test the
     copy in low bits, too, where the model has a `deploy`. The config.yaml of a run's folder is a config of that run.
@@ -66,6 +70,7 @@ class RecipeCLI(LightningCLI):
             options.setdefault("save_config_callback", None)  # `fit` saves it
         options.setdefault("save_config_kwargs", {"overwrite": True})
         self._earlier: int | None = None
+        self._unseeded: dict[str, Any] = {}
         options.setdefault("seed_everything_default", 0)
         # The samplers of the DataModules give each rank its share themselves.
         defaults = {"use_distributed_sampler": False, "enable_model_summary": False}  # CostMonitor counts what it would
@@ -114,7 +119,14 @@ class RecipeCLI(LightningCLI):
         """Give model and data the seed of the run, and put it into paths that name other runs of the same seed."""
         config = self._own_config
         seed = int(config["seed_everything"])
-        for key in ("model", "trainer"):
+        for key in ("model.seed", "model.init_args.seed", "data.seed", "data.init_args.seed"):
+            if key in config:
+                config[key] = seed
+        for callback in _as_list(config["trainer"].get("callbacks")):
+            if "seed" in (callback.get("init_args") or {}):
+                callback["init_args"]["seed"] = seed
+        self._unseeded = {key: config[key] for key in ("model", "trainer")}
+        for key in self._unseeded:
             config[key] = with_seed(config[key], seed)
             for path in dict.fromkeys(other_runs(config[key])):
                 if not is_finished(path):
@@ -129,12 +141,6 @@ class RecipeCLI(LightningCLI):
                         f"there is no file {path}: this dry run does without it, a real one will need it",
                         category=RescompressWarning,
                     )
-        for key in ("model.seed", "model.init_args.seed", "data.seed", "data.init_args.seed"):
-            if key in config:
-                config[key] = seed
-        for callback in _as_list(config["trainer"].get("callbacks")):
-            if "seed" in (callback.get("init_args") or {}):
-                callback["init_args"]["seed"] = seed
 
     def _parse_ckpt_path(self) -> None:
         """Leave the config as it is: LightningCLI would overwrite the model's part by that of the checkpoint."""
@@ -158,18 +164,17 @@ class RecipeCLI(LightningCLI):
 
     @property
     def config_name(self) -> str:
-        """Name of the last config file, or of the run in whose folder that lies."""
-        path = self._config_file
-        return "default" if path is None else saved_name(path) or path.stem
+        """Names of the config files, joined by +; of one in a run's folder, that of the run."""
+        return run_name(self._config_files)
 
     @property
     def folder(self) -> Path:
         """Folder of the run."""
-        given, path = self._get(self.config, "folder"), self._config_file
+        given, files = self._get(self.config, "folder"), self._config_files
         if given is not None:
             return Path(given)
-        if path is not None and saved_name(path) is not None:
-            return path.parent
+        if files and saved_name(files[-1]) is not None:
+            return files[-1].parent
         seed = int(self._get(self.config, "seed_everything"))
         return Path(RUNS, self.recipe, self.config_name, f"seed{seed}")
 
@@ -179,9 +184,8 @@ class RecipeCLI(LightningCLI):
         return RunFolder(self.folder)
 
     @property
-    def _config_file(self) -> Path | None:
-        files = self._get(self.config, "config") or []
-        return Path(str(files[-1])) if files else None
+    def _config_files(self) -> list[Path]:
+        return [Path(str(file)) for file in self._get(self.config, "config") or []]
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Make the trainer, with the callbacks, loggers and plugins that the config does not name itself."""
@@ -240,7 +244,8 @@ class RecipeCLI(LightningCLI):
         self._run().test(model, path, alone, **options)
 
     def _run(self) -> Run:
-        return Run(self.recipe, self.config_name, self.run_folder, self.trainer, self.datamodule)
+        options = that_train(yaml.safe_load(self._parser(self.subcommand).dump(self._as_given(), skip_none=False)))
+        return Run(self.recipe, self.config_name, self.run_folder, self.trainer, self.datamodule, options)
 
     def _begin_anew(self, ckpt_path: Any) -> None:
         if ckpt_path is not None and self.run_folder.owns(ckpt_path):
@@ -292,14 +297,21 @@ class RecipeCLI(LightningCLI):
                 "--fresh"
             ) from error
         now = yaml.safe_load(self._parser(self.subcommand).dump(self._own_config, skip_none=False))
-        return differences(was, now)
+        return differences(with_seed(was, int(data.get("seed_everything") or 0)), now)
 
     @property
     def _own_config(self) -> Any:
         return self.config[self.subcommand] if self.subcommand else self.config
 
-    def _save_options(self) -> None:
+    def _as_given(self) -> Any:
+        """Return the run's config with {seed} in paths as it was given: it says that they name runs of its seed."""
         config = self._own_config.clone()
+        for key, value in self._unseeded.items():
+            config[key] = value
+        return config
+
+    def _save_options(self) -> None:
+        config = self._as_given()
         # The file lies in the folder; and to use it is to go on.
         config["folder"], config["fresh"], config["ckpt_path"] = None, False, None
         self.run_folder.save_options(self._parser(self.subcommand).dump(config, skip_none=False), self.config_name)

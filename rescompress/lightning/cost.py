@@ -12,7 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 
-from rescompress.errors import RescompressWarning
+from rescompress.errors import RescompressWarning, WriteError
 from rescompress.lightning._costs import (
     PREDICTED,
     Row,
@@ -168,8 +168,8 @@ class CostMonitor(Callback):
             return
         try:
             write_rows(self._path, list(self.rows.values()))
-        except OSError as error:  # the next epoch tries again, with all rows
-            rank_zero_warn(f"CostMonitor could not write {self._path}: {error}", category=RescompressWarning)
+        except WriteError as error:  # no reason to end a training
+            rank_zero_warn(f"CostMonitor: {error}", category=RescompressWarning)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say in one line what the run cost."""

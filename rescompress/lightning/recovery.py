@@ -67,7 +67,10 @@ class Distill(Callback):
         temperature: see `Distillation`, as for the others.
         features: FQNs of modules whose outputs are compared.
         feature_weight: of their loss.
-        label_weight: of the loss with the labels, the module's own, in [0, 1]; the rest is the teacher's.
+        label_weight: of the loss with the labels, in [0, 1]; the rest is the teacher's. It is the module's `loss`, or
+            cross entropy, a mean over the heads whose logits have the shape of the teacher's. What an mmseg config
+            names as losses is not computed: its weights of classes, its sampling of pixels, and its auxiliary heads,
+            which are not trained then, since the model gives the logits of the main head alone.
 
     Raises:
         SpecError: a value out of range.

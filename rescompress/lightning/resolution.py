@@ -176,6 +176,11 @@ class ResolutionSchedule(Callback):
         self._handles: list[Any] = []
         self._unscaled: list[tuple[torch.optim.Optimizer, list[list[Any]]]] = []  # learning rates within a step
 
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Sides of the square images, ascending; known before the schedule is."""
+        return tuple(sorted(self._options["sizes"]))
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Make the schedule and hand it to the DataModule."""
         if stage != "fit":

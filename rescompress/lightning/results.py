@@ -21,6 +21,7 @@ from rescompress.errors import InputError
 from rescompress.lightning._costs import whole_run
 from rescompress.lightning._trained import Trained
 from rescompress.lightning.cost import CostMonitor
+from rescompress.lightning.resolution import ResolutionSchedule
 from rescompress.measure import count_macs, parameter_count
 
 FILE = "results.json"
@@ -57,6 +58,10 @@ class Result:
         versions: of Python and the libraries
         skipped: number of files by split that could not be read and were left out, in the process that trained or
             tested first; None in files of before this was written down
+        options: of model, data and trainer that change what is trained, by name, with {seed} in paths of other runs;
+            None in files of before this was written down
+        train_sizes: sides of the square images that a ResolutionSchedule trained on, ascending; None without one, and
+            in files of before this was written down
     """
 
     recipe: str
@@ -82,6 +87,8 @@ class Result:
     hardware: dict[str, Any]
     versions: dict[str, str]
     skipped: dict[str, int] | None = None
+    options: dict[str, Any] | None = None
+    train_sizes: tuple[int, ...] | None = None
 
     def write(self, folder: str | Path) -> Path:
         """Write results.json into a folder, whole or not at all, and return its path."""
@@ -95,7 +102,8 @@ class Result:
     def tested_again(self, later: Self, same_machine: bool) -> Self:
         """Return the result with the scores of a later test of the same weights.
 
-        On the same machine, the cost of inference is taken from it as well; all else is of the process that trained.
+        On the same machine, the cost of inference is taken from it as well; all else is of the process that trained,
+        but for the sizes that it trained on where its file is of before these were written down.
         """
         cost, deployed_cost = self.cost, self.deployed_cost
         if same_machine:
@@ -107,6 +115,7 @@ class Result:
             finished=self.finished or later.finished,
             cost=cost,
             deployed_cost=deployed_cost,
+            train_sizes=later.train_sizes if self.train_sizes is None else self.train_sizes,
         )
 
     @classmethod
@@ -119,7 +128,9 @@ class Result:
         path = Path(path) / FILE if Path(path).is_dir() else Path(path)
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
-            sizes = {name: data[name] and (data[name][0], data[name][1]) for name in ("train_size", "test_size")}
+            pairs = ("train_size", "test_size")
+            sizes: dict[str, Any] = {name: data[name] and (data[name][0], data[name][1]) for name in pairs}
+            sizes["train_sizes"] = data.get("train_sizes") and tuple(data["train_sizes"])
             names = [one.name for one in fields(cls) if one.default is MISSING or one.name in data]
             return cls(**{name: data[name] for name in names} | sizes)
         except OSError as error:
@@ -142,6 +153,7 @@ def gather(
     deployed_cost: dict[str, Any] | None,
     trained: dict[str, Any],
     skipped: dict[str, int],
+    options: dict[str, Any],
 ) -> Result:
     """Collect what there is to say of a run that has been tested.
 
@@ -183,6 +195,8 @@ def gather(
         cost=cost,
         deployed_cost=deployed_cost,
         skipped=skipped,
+        options=options | {"model.spec": module.hparams["spec"]},
+        train_sizes=_train_sizes(trainer),
         **there,
     )
 
@@ -208,6 +222,10 @@ def _of_training(trainer: Trainer) -> dict[str, Any]:
     """Return what the epochs cost, with the inference of the last validation in them."""
     rows = [list(one.rows.values()) for one in _callbacks(trainer) if isinstance(one, CostMonitor)]
     return whole_run(rows[0]) if rows and rows[0] else {}
+
+
+def _train_sizes(trainer: Trainer) -> tuple[int, ...] | None:
+    return next((one.sizes for one in _callbacks(trainer) if isinstance(one, ResolutionSchedule)), None)
 
 
 def _callbacks(trainer: Trainer) -> list[Any]:

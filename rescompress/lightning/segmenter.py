@@ -19,8 +19,8 @@ _MMSEG = "mmseg.models.segmentors.base.BaseSegmentor"
 class Segmenter(Trained):
     """Trains a segmentation model; the arguments are those of `CompressedModule`.
 
-    Models of mmseg are trained by the losses of their config and predict as their test_cfg says (whole image or
-    sliding window); others give maps of logits, brought up to the size of the labels.
+    Models of mmseg are trained by the losses of their config, unless `Distill` teaches them, and predict as their
+    test_cfg says (whole image or sliding window); others give maps of logits, brought up to the size of the labels.
     """
 
     main_score = "miou"

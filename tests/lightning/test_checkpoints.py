@@ -10,14 +10,26 @@ import torch
 from torch import nn
 
 import rescompress as rc
-from rescompress.errors import CheckpointError, InputError, SpecError
+from rescompress.compress import record_of
+from rescompress.errors import CheckpointError, InputError, RescompressWarning, SpecError
 
 pytest.importorskip("lightning")
+pytest.importorskip("timm")
 
+import timm
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import SingleDeviceStrategy
 
-from rescompress.lightning import AtomicCheckpoints, Classifier, LastCheckpoint, SpecInCheckpoint, load_model
-from rescompress.lightning.checkpoints import spec_in
+from rescompress.lightning import (
+    AtomicCheckpoints,
+    Classifier,
+    LastCheckpoint,
+    SpecInCheckpoint,
+    compress_as_saved,
+    load_model,
+)
+from rescompress.lightning.checkpoints import record_in, spec_in
 from tests.lightning.tiny import TINY, Stop, Stopped, Tiny, tiny_net
 
 pytestmark = [pytest.mark.filterwarnings("ignore::UserWarning"), pytest.mark.usefixtures("one_thread", "seeded")]
@@ -110,6 +122,116 @@ def test_a_module_of_your_own_has_its_spec_in_the_checkpoint(tmp_path: Path) -> 
         )
     with pytest.raises(InputError, match=r"no checkpoint of Classifier or Segmenter; load it by .*Foreign\.load_from"):
         load_model(path)
+
+
+class Aware(Foreign):
+    """One that is built around a plain model."""
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        compress_as_saved(self, checkpoint)
+
+
+VIT = {"num_classes": 4, "img_size": 32}
+LARGER_PATCHES = rc.Spec.of(rc.PatchResize(scale=0.5))
+
+
+def saved(folder: Path, net: nn.Module, *callbacks: Callback, **data: Any) -> Path:
+    """Return the checkpoint of one step of a compressed model in somebody's own module."""
+    callbacks = (SpecInCheckpoint(), LastCheckpoint(str(folder)), *callbacks)
+    trainer(*callbacks, limit_train_batches=1, limit_val_batches=0).fit(Foreign(net), datamodule=Tiny(**data))
+    return folder / "last.ckpt"
+
+
+def test_a_module_built_around_a_plain_model_comes_back_compressed(tmp_path: Path) -> None:
+    """Also if its images are neither of the size nor of the channels that an example has by default."""
+    small = rc.compress(tiny_net(4, in_chans=1), scale=0.5, example_input=torch.rand(1, 1, 24, 40))
+    path = saved(tmp_path, small, channels=1)
+
+    loaded = Aware.load_from_checkpoint(path, net=tiny_net(4, in_chans=1))
+
+    assert rc.spec_of(loaded.net) == rc.spec_of(small)
+    assert record_of(loaded.net).anatomy == record_of(small).anatomy
+    images = torch.rand(2, 1, 24, 40)
+    torch.testing.assert_close(loaded.net.eval()(images), small.eval()(images), rtol=0, atol=0)
+
+
+def test_a_part_inside_a_compressed_one_is_compressed_before_it() -> None:
+    example = torch.rand(1, 3, 32, 32)
+    inner = rc.compress(tiny_net(4), scale=0.5, example_input=example)
+    small = Foreign(rc.compress(nn.Sequential(inner), rc.InputResize(scale=0.5), example_input=example))
+    checkpoint: dict[str, Any] = {}
+    record_in(small, checkpoint)
+    module = Foreign(nn.Sequential(tiny_net(4)))
+
+    compress_as_saved(module, checkpoint)
+
+    for part in ("net", "net.0"):
+        was, now = (record_of(one.get_submodule(part)) for one in (small, module))
+        assert (now.spec, now.anatomy) == (was.spec, was.anatomy)
+
+
+def test_checkpoints_from_before_said_nothing_of_channels() -> None:
+    parts = {"net": {"spec": HALF, "input_size": [32, 32]}}
+    module = Foreign(tiny_net(4))
+    compress_as_saved(module, {"rescompress": {"class": "Foreign", "parts": parts}})
+    assert rc.spec_of(module.net) == rc.Spec.from_dict(HALF)
+
+
+def test_a_module_of_another_spec_or_without_that_part_is_refused(tmp_path: Path) -> None:
+    example = torch.rand(1, 3, 32, 32)
+    path = saved(tmp_path, rc.compress(tiny_net(4), scale=0.5, example_input=example))
+    other = rc.compress(tiny_net(4), scale=0.75, example_input=example)
+    with pytest.raises(InputError, match=r"another compression: net was compressed by .*0\.5.*and is .*0\.75"):
+        Aware.load_from_checkpoint(path, net=other)
+    with pytest.raises(InputError, match=r"net was compressed .*, and is not compressed now"):
+        compress_as_saved(nn.Sequential(tiny_net(4)), torch.load(path, weights_only=True))
+
+
+def test_a_plain_module_goes_on_as_it_was_saved(tmp_path: Path) -> None:
+    """Larger patches are other parameters: it is these that the optimizer must hold."""
+    plain = timm.create_model("test_vit", **VIT)
+    path = saved(tmp_path, rc.compress(plain, LARGER_PATCHES, example_input=torch.rand(1, 3, 32, 32)))
+    module = Aware(timm.create_model("test_vit", **VIT))
+    run = trainer(SpecInCheckpoint(), max_epochs=2, limit_train_batches=1, limit_val_batches=0)
+
+    run.fit(module, datamodule=Tiny(), ckpt_path=path)
+
+    assert rc.spec_of(module.net) == LARGER_PATCHES
+    assert run.global_step == 2
+    (optimizer,) = run.optimizers
+    held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    assert [id(parameter) for parameter in held] == [id(parameter) for parameter in module.parameters()]
+
+
+class Late(SingleDeviceStrategy):
+    """Makes the optimizers before it loads, as FSDP and DeepSpeed do."""
+
+    restore_checkpoint_after_setup = True
+
+
+def test_parameters_that_an_optimizer_holds_are_left_alone(tmp_path: Path) -> None:
+    path = saved(tmp_path, rc.compress(tiny_net(4), scale=0.5, example_input=torch.rand(1, 3, 32, 32)))
+    module = Aware(tiny_net(4))
+    run = trainer(SpecInCheckpoint(), strategy=Late("cpu"), max_epochs=2)
+    with pytest.raises(InputError, match=r"net cannot .*optimizer of this Aware holds .*; compress it in __init__ or"):
+        run.fit(module, datamodule=Tiny(), ckpt_path=path)
+    with pytest.raises(SpecError, match="has not been compressed"):
+        rc.spec_of(module.net)
+
+
+def test_resumed_without_the_callback_lightning_names_it(tmp_path: Path) -> None:
+    small = rc.compress(tiny_net(4), scale=0.5, example_input=torch.rand(1, 3, 32, 32))
+    path = saved(tmp_path, small)
+    with pytest.warns(UserWarning, match=r"Please add the following callbacks: .*SpecInCheckpoint"):
+        trainer(limit_train_batches=1, limit_val_batches=0).fit(Foreign(small), datamodule=Tiny(), ckpt_path=path)
+
+
+def test_checkpoints_without_a_spec_are_warned_of(tmp_path: Path) -> None:
+    small = rc.compress(tiny_net(4), scale=0.5, example_input=torch.rand(1, 3, 32, 32))
+    with pytest.warns(RescompressWarning, match="save_weights_only=True do not say how their model was compressed"):
+        path = saved(tmp_path, small, ModelCheckpoint(tmp_path, "weights", save_weights_only=True))
+    assert "rescompress" not in torch.load(path.with_name("weights.ckpt"), weights_only=True)
+    assert "rescompress" in torch.load(path, weights_only=True)
 
 
 class DiskFull(Callback):

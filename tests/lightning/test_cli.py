@@ -14,6 +14,8 @@ from rescompress.errors import InputError, RescompressWarning
 
 pytest.importorskip("lightning")
 
+from lightning.pytorch.callbacks import ProgressBar
+
 from rescompress.lightning import Classifier, ImageData, Result, load_model, main
 from rescompress.lightning._configs import with_extended
 from rescompress.lightning.results import FILE
@@ -282,3 +284,26 @@ def test_wrong_options_are_named_without_a_page_of_right_ones(capsys: pytest.Cap
         assert stop.value.code == 2
         assert named in said and "fit --help" in said
         assert len(said.splitlines()) < 10
+
+
+def test_a_config_that_is_no_yaml_is_named_with_line_and_column() -> None:
+    Path("base.yaml").write_text("trainer:\n  logger: {a: 1\n")
+    write("top.yaml", {"extends": "base.yaml"})
+    fault = "line 3, column 1: while parsing a flow mapping, expected ',' or '}', but got '<stream end>'; mend it"
+
+    for config, named in (("base.yaml", "base.yaml"), ("top.yaml", "base.yaml, which top.yaml extends")):
+        with pytest.raises(InputError) as raised:
+            cli("fit", "--config", config)
+        assert str(raised.value) == f"cannot read the config {named}: {fault}"
+    Path("base.yaml").write_bytes(b"a: \xff")
+    with pytest.raises(InputError, match=r"cannot read the config base\.yaml, which top\.yaml extends: 'utf-8' codec"):
+        cli("fit", "--config", "top.yaml")
+
+
+def test_a_run_shows_a_progress_bar_unless_told_otherwise() -> None:
+    quiet = CONFIG["trainer"]
+    shown = {name: value for name, value in quiet.items() if name != "enable_progress_bar"}
+
+    for options, bars in ((shown, 1), (quiet, 0)):
+        trainer = cli("--config", write("bar.yaml", {**CONFIG, "trainer": options}), run=False).trainer
+        assert sum(isinstance(callback, ProgressBar) for callback in trainer.callbacks) == bars

@@ -267,8 +267,9 @@ def test_a_full_disk_costs_no_training_and_no_row(tmp_path, monkeypatch):
             raise OSError(28, "No space left on device")
         replace(source, target)
 
-    monkeypatch.setattr("rescompress.lightning._costs.os.replace", full)
-    with pytest.warns(RescompressWarning, match="No space left"):
+    monkeypatch.setattr("rescompress.lightning._files.os.replace", full)
+    said = r"cost\.csv: No space left on device; free some space and the next epoch writes all rows$"
+    with pytest.warns(RescompressWarning, match=said):
         trainer(tmp_path, monitor, max_epochs=2).fit(Foreign(), loader())
     assert [row["epoch"] for row in read_rows(tmp_path / "cost.csv")] == [0]
     assert [path.name for path in tmp_path.iterdir()] == ["cost.csv"]
@@ -323,6 +324,28 @@ def test_the_summary_is_of_the_whole_run(tmp_path):
     assert total["training_peak_bytes"] == max(row["training_peak_bytes"] for row in rows)
     seconds = sum(row["seconds"] for row in rows)
     assert total["waited_share"] == pytest.approx(sum(row["waited_s"] for row in rows) / seconds)
+
+
+def test_the_run_ends_with_a_line_of_the_share_of_time_waited_for_data(tmp_path, clockwork, caplog):
+    class Slow(Foreign):
+        def training_step(self, batch, batch_idx):
+            clockwork.sleep(1.0 + self.current_epoch)
+            return super().training_step(batch, batch_idx)
+
+    class SlowToRead(Images):
+        def __getitem__(self, index):
+            clockwork.sleep(0.5)
+            return super().__getitem__(index)
+
+    monitor = CostMonitor()
+    with caplog.at_level("INFO"):
+        trainer(tmp_path, monitor, max_epochs=2).fit(Slow(), DataLoader(SlowToRead(), batch_size=4))
+    rows = list(monitor.rows.values())
+    assert [row["waited_share"] for row in rows] == pytest.approx([4 / 6, 4 / 8])
+    (line,) = [one.getMessage() for one in caplog.records if one.getMessage().startswith("cost: ")]
+    share = sum(row["waited_share"] * row["seconds"] for row in rows) / sum(row["seconds"] for row in rows)
+    assert f", {share:.1%} of the time waited for data, " in line
+    assert "cost: 1500.0 ms a step, 1.1 images/s, 57.1% of" in line
 
 
 def test_a_model_that_cannot_be_measured_is_trained_all_the_same(tmp_path):

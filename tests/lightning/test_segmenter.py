@@ -9,26 +9,21 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-import rescompress as rc
-
 pytest.importorskip("lightning")
 try:
-    import mmseg.models
     from mmengine.config import Config
-    from mmengine.hooks import Hook
-    from mmengine.registry import HOOKS, init_default_scope
-    from mmengine.runner import Runner
+    from mmengine.registry import init_default_scope
 except ImportError as missing:  # OpenCV without the system's libGL raises it, too
     pytest.skip(f"mmseg cannot be imported: {missing}", allow_module_level=True)
 
-import numpy as np
 from lightning.pytorch import Trainer
-from PIL import Image
 
 from rescompress.lightning import Segmenter
 from rescompress.lightning.batches import Batch
+from rescompress.lightning.recovery import Distiller
 from rescompress.lightning.segmenter import PixelCounts
-from tests.families.test_mmseg import runner_config, tiny_fcn
+from rescompress.recover.distillation import Distillation
+from tests.families.test_mmseg import tiny_fcn
 from tests.lightning.tiny import TINY, Tiny
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("one_thread", "seeded")]
@@ -152,78 +147,20 @@ def test_a_segmentor_predicts_as_its_config_says(tmp_path: Path) -> None:
     torch.testing.assert_close(logits[0], predicted.seg_logits.data)
 
 
-def cityscapes(folder: Path, size: tuple[int, int]) -> None:
-    random = np.random.default_rng(0)
-    for part in ("train", "val"):
-        for index in range(2):
-            for kind, ending, top in (("leftImg8bit", "leftImg8bit", 255), ("gtFine", "gtFine_labelTrainIds", 19)):
-                target = folder / kind / part / "ulm"
-                target.mkdir(parents=True, exist_ok=True)
-                shape = (*size, 3) if kind == "leftImg8bit" else size
-                pixels = random.integers(0, top, shape, dtype=np.uint8)
-                Image.fromarray(pixels).save(target / f"ulm_{index:06d}_000019_{ending}.png")
-
-
-class Images(Tiny):
-    """The same images, as the runner's preprocessor normalises them."""
-
-    def __init__(self, folder: Path, mean: Any, std: Any) -> None:
-        super().__init__(classes=19)
-        self.folder, self.norm = folder, (torch.tensor(mean)[:, None, None], torch.tensor(std)[:, None, None])
-
-    def train_dataloader(self) -> Any:
-        paths = sorted((self.folder / "leftImg8bit" / "train").glob("*/*.png"))
-        images = torch.stack([torch.from_numpy(np.array(Image.open(path))).permute(2, 0, 1) for path in paths])
-        masks = sorted((self.folder / "gtFine" / "train").glob("*/*.png"))
-        labels = torch.stack([torch.from_numpy(np.array(Image.open(path))).long() for path in masks])
-        batch = Batch((images - self.norm[0]) / self.norm[1], labels, tuple(path.name for path in paths))
-        return torch.utils.data.DataLoader([batch], batch_size=None)
-
-
-@HOOKS.register_module(force=True)
-class FirstLoss(Hook):
-    """Keep what the runner's first step gave."""
-
-    seen: dict[str, float] = {}  # noqa: RUF012
-
-    def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
-        self.seen.setdefault("loss", float(outputs["loss"]))
-
-
-def test_the_first_loss_of_deeplabv3plus_is_that_of_mmengines_runner(tmp_path: Path) -> None:
+def test_a_segmentor_that_is_taught_learns_from_labels_by_cross_entropy_of_its_main_head(tmp_path: Path) -> None:
+    """Neither the weight of its config's loss nor its auxiliary head counts, as Distill says."""
     init_default_scope("mmseg")
-    name = "deeplabv3plus_r50-d8_4xb2-40k_cityscapes-512x1024"
-    size = (64, 128)
-    module = Segmenter(
-        f"mmseg:{name}",
-        num_classes=19,
-        input_size=size,
-        spec=HALF,
-        options={"decode_head": {"dropout_ratio": 0.0}, "auxiliary_head": {"dropout_ratio": 0.0}},
-        optimizer=lambda groups: torch.optim.SGD(groups, lr=0.01),
-    )
-    torch.save({"state_dict": module.original().state_dict()}, tmp_path / "first.pth")
-    cityscapes(tmp_path, size)
+    head = {**tiny_fcn().decode_head, "loss_decode": {"type": "CrossEntropyLoss", "loss_weight": 3.0}}
+    config = tiny_fcn(decode_head=head, auxiliary_head={**head, "in_channels": 32, "in_index": 2})
+    module = Segmenter(write_config(tmp_path / "tiny.py", config), num_classes=5, input_size=(64, 64)).eval()
+    images, labels = torch.randn(2, 3, 64, 64), torch.randint(0, 5, (2, 64, 64))
+    labels[:, :9] = 255
 
-    whole = Config.fromfile(Path(mmseg.__file__).parent / ".mim/configs/deeplabv3plus" / f"{name}.py").model
-    whole.pretrained = None
-    whole.backbone.norm_cfg = whole.decode_head.norm_cfg = whole.auxiliary_head.norm_cfg = {"type": "BN"}
-    whole.decode_head.dropout_ratio = whole.auxiliary_head.dropout_ratio = 0.0
-    whole.data_preprocessor.size = size
-    FirstLoss.seen.clear()
-    config = runner_config(
-        tmp_path,
-        tmp_path / "work",
-        {**whole, "type": "Compressed", "scale": 0.5},
-        load_from=str(tmp_path / "first.pth"),
-        custom_hooks=[{"type": "FirstLoss"}],
-        train_cfg={"type": "IterBasedTrainLoop", "max_iters": 1, "val_interval": 10},
-    )
-    config.dump(tmp_path / "config.py")  # from a file, as mmengine's tools read it: that is what imports what it names
-    Runner.from_cfg(Config.fromfile(tmp_path / "config.py")).train()
+    distiller = Distiller(module.original(), Distillation(label_weight=0.25))
+    losses = distiller.losses(module.model, Batch(images, labels, ("a", "b")), module.label_loss)
+    losses["loss"].backward()
 
-    preprocessor = whole.data_preprocessor
-    run = trainer(max_steps=1, limit_val_batches=0)
-    run.fit(module, datamodule=Images(tmp_path, preprocessor.mean, preprocessor.std))
-    assert rc.spec_of(module.model) == rc.Spec.of(rc.StemResize(scale=0.5))
-    assert float(run.callback_metrics["train/loss"]) == pytest.approx(FirstLoss.seen["loss"], rel=1e-5)
+    expected = F.cross_entropy(F.interpolate(module(images), (64, 64), mode="bilinear"), labels, ignore_index=255)
+    torch.testing.assert_close(losses["labels"], expected)
+    torch.testing.assert_close(losses["loss"], 0.75 * losses["distillation"] + 0.25 * expected)
+    assert all(parameter.grad is None for parameter in module.model.auxiliary_head.parameters())

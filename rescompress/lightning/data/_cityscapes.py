@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rescompress.errors import one_line
 from rescompress.lightning.data._base import Size
-from rescompress.lightning.data._images import gathered, readable
+from rescompress.lightning.data._images import UNREADABLE, decode, gathered, readable
 from rescompress.lightning.data._loader import Loaded
 from rescompress.lightning.data._order import drawn
 from rescompress.recover.batches import IGNORED
@@ -40,6 +40,15 @@ def classes_of_ids(results: dict[str, Any]) -> dict[str, Any]:
         table[list(EVALUATED_IDS)] = np.arange(len(EVALUATED_IDS))
         results["gt_seg_map"] = table[results["gt_seg_map"]]
     return results
+
+
+def _why_unreadable(file: Path) -> str | None:
+    """Return what Pillow finds wrong with an image, in words that mmcv's decoders lack; None for nothing."""
+    try:
+        decode(file.read_bytes())
+    except UNREADABLE as error:
+        return one_line(error)
+    return None
 
 
 class CityscapesImages:
@@ -84,11 +93,15 @@ class CityscapesImages:
         return gathered(images, together, names, draws if self.training else None, self.size, broken)
 
     def _read(self, index: int, draw: int) -> dict[str, Any]:
+        files = self.data.get_data_info(index)
+        image, labels = Path(files["img_path"]), Path(files["seg_map_path"])
         try:
-            found: dict[str, Any] = self.read(self.data.get_data_info(index))
+            found: dict[str, Any] = self.read(files)
         # mmcv fails in as many ways as it has decoders: None for an image, an assertion, errors of OpenCV.
         except Exception as error:
-            raise OSError(one_line(error)) from error
+            reason = _why_unreadable(labels)
+            reason = _why_unreadable(image) or (reason and f"its labels, {labels.name}: {reason}") or one_line(error)
+            raise OSError(reason) from error
         return found
 
     def _name(self, index: int) -> str:

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from rescompress.errors import InputError, one_line
@@ -30,11 +30,32 @@ def decode(data: bytes) -> Tensor:
         - Output: (3, H, W), uint8
 
     Raises:
-        OSError, ValueError, SyntaxError: it is damaged or no image.
+        What is in UNREADABLE: as `pixels`.
     """
-    with Image.open(io.BytesIO(data)) as image:
-        # Not made contiguous: resizing is twice as fast while the channels of a pixel lie together.
-        return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+    # Not made contiguous: resizing is twice as fast while the channels of a pixel lie together.
+    return torch.from_numpy(pixels(data, "RGB")).permute(2, 0, 1)
+
+
+def pixels(data: bytes, mode: str) -> "np.ndarray[Any, Any]":
+    """Decode an image of any format that Pillow reads, in one of Pillow's modes.
+
+    Shape:
+        - Output: (H, W, 3) for "RGB", (H, W) for "L", uint8
+
+    Raises:
+        What is in UNREADABLE: it is damaged or no image; the message says what is wrong with it.
+    """
+    if not data:
+        raise OSError("the file is empty")
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            return np.array(image.convert(mode))
+    except UnidentifiedImageError as error:  # which says at what address in memory the bytes are
+        raise OSError("no image that Pillow can read") from error
+    except OSError as error:
+        if "truncated" in str(error).lower():
+            raise OSError("the file is cut short") from error
+        raise
 
 
 def decode_on(files: Sequence[Tensor], device: torch.device) -> list[Tensor | Exception]:

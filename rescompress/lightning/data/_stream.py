@@ -163,11 +163,14 @@ class ShardStream(IterableDataset[Loaded]):
             sample = samples.at(place)
             if sample is not None:
                 yield *sample, 0
-            elif self.corrupt == "stop":
-                raise InputError(
-                    f"{samples.where} fewer samples than the {samples.length} that were expected; if nothing is "
-                    "damaged, count them again by scripts/prepare_imagenet.py --index"
-                )
+                continue
+            reason = (
+                f"fewer samples than the {samples.length} that were expected; if nothing is damaged, count them again "
+                "by scripts/prepare_imagenet.py --index"
+            )
+            if self.corrupt == "stop":
+                raise InputError(f"{samples.where} {reason}")
+            yield samples.url, reason, 0
 
     def _batch(self, samples: Iterator[Sample]) -> Loaded:
         """Make a batch of as many samples as there are in `samples`.
@@ -242,9 +245,14 @@ class Ordered:
         return self.lengths[self.part]
 
     @property
+    def url(self) -> str:
+        """The open shard, or the first one where all are read as one."""
+        return self.parts[self.part][0]
+
+    @property
     def where(self) -> str:
         """The open shard, for a message."""
-        return f"{self.parts[self.part][0]} holds" if len(self.parts) > 1 else "the shards hold"
+        return f"{self.url} holds" if len(self.parts) > 1 else "the shards hold"
 
 
 def samples_of(url: str) -> Iterator[Files]:
@@ -262,7 +270,14 @@ def samples_of(url: str) -> Iterator[Files]:
                 closing = False
     except (*UNREADABLE, EOFError, tarfile.TarError) as error:
         if not closing:  # else a command behind a pipe says that nobody reads what it still has to write
-            yield url, one_line(error)
+            yield url, _reason(error)
+
+
+def _reason(error: BaseException) -> str:
+    """Return what an error says, without the streams and addresses that webdataset adds to it."""
+    if not error.args or getattr(error, "strerror", None):
+        return one_line(error)
+    return one_line(OSError(str(error.args[0]).partition(" @ <")[0]))
 
 
 def _number(name: str) -> int:

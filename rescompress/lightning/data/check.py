@@ -72,15 +72,34 @@ def report(data: "ImageData", *, counts: bool = False, decode: bool = False) -> 
         lines += ["", found.table()]
     if decode:
         for split in ("train", "val"):
-            loader = data._loader(split, training=False)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", RescompressWarning)  # the list below says it
-                for _ in loader:
+                for _ in data._loader(split, training=False):
                     pass
-        corrupt = {name: reason for files in data.corrupt_files.values() for name, reason in files.found.items()}
+        corrupt = _corrupt(data)
         lines += ["", f"{len(corrupt)} file(s) cannot be read" + (":" if corrupt else "")]
         lines += [f"  {name}: {reason}" for name, reason in sorted(corrupt.items())]
     return "\n".join(lines)
+
+
+def refuse_corrupt(data: "ImageData") -> None:
+    """Raise if a file of what has been read so far is corrupt.
+
+    Raises:
+        InputError: some are.
+    """
+    corrupt = _corrupt(data)
+    if corrupt:
+        name, reason = min(corrupt.items())
+        raise InputError(
+            f"{len(corrupt)} file(s) cannot be read, such as {name}: {reason}; mend or remove them, or leave them out "
+            "of a run by corrupt: skip"
+        )
+
+
+def _corrupt(data: "ImageData") -> dict[str, str]:
+    """Return the files of what has been read so far that are corrupt, and why."""
+    return {name: reason for files in data.corrupt_files.values() for name, reason in files.found.items()}
 
 
 def wrong_layout(cause: str, tree: str) -> InputError:

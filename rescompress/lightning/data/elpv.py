@@ -8,15 +8,13 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from rescompress.errors import InputError, one_line
 from rescompress.lightning.data._arrays import ArrayData, ArraySource, class_counts
 from rescompress.lightning.data._base import Size, one_of
-from rescompress.lightning.data._images import UNREADABLE
+from rescompress.lightning.data._images import UNREADABLE, pixels
 from rescompress.lightning.data._order import mixed
 from rescompress.lightning.data.check import Check, existing_folder, wrong_layout
 
@@ -94,12 +92,13 @@ class ELPV(ArrayData):
             file = existing_folder(self.root, "ELPV", TREE) / "labels.csv"
             if not file.is_file():
                 raise wrong_layout(f"{file} does not exist", TREE)
-            rows = [line.split() for line in file.read_text().splitlines() if line.strip()]
             try:
-                chances = [float(row[1]) for row in rows]
-            except (ValueError, IndexError) as error:
+                rows = [line.split() for line in file.read_text().splitlines() if line.strip()]
+                levels = torch.tensor([round(3 * float(row[1])) for row in rows])
+            except (ValueError, OverflowError, IndexError) as error:
                 raise wrong_layout(f"{file} cannot be understood ({error}): labels are missing", TREE) from error
-            levels = torch.tensor([round(3 * chance) for chance in chances])
+            if not rows or not 0 <= int(levels.min()) <= int(levels.max()) <= 3:
+                raise wrong_layout(f"{file} has {len(rows)} lines, of which each must hold a chance from 0 to 1", TREE)
             self._rows = [row[0] for row in rows], (levels >= 2).long() if self.labels == "defect" else levels
         return self._rows
 
@@ -123,8 +122,7 @@ class ELPV(ArrayData):
         corrupt = self._corrupt("ELPV")
         for number, name in enumerate(names):
             try:
-                with Image.open(Path(self.root).expanduser() / name) as file:
-                    image = torch.from_numpy(np.array(file.convert("L")))
+                image = torch.from_numpy(pixels((Path(self.root).expanduser() / name).read_bytes(), "L"))
                 if images is None:
                     images = torch.zeros(len(names), *image.shape, dtype=torch.uint8)
                 if image.shape != images.shape[1:]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from rescompress.errors import InputError, did_you_mean
+from rescompress.lightning._files import whole
 from rescompress.lightning.data._arrays import ArrayData, ArraySource, checked_labels, class_counts
 from rescompress.lightning.data._base import Size
 from rescompress.lightning.data.check import Check, existing_folder, wrong_layout
@@ -97,6 +98,11 @@ class MedMNIST(ArrayData):
         notes = []
         for split in SPLITS:
             expected, found = self.info["n_samples"][split], len(self._labels(split, side))
+            images = self._shape(f"{split}_images", side)[0]
+            if images != found:
+                raise InputError(
+                    f"{self._file(side)} holds {images} images and {found} labels of {split}; download it again"
+                )
             if found != expected:
                 notes.append(f"{split}: {found:,} images, where the published set has {expected:,}")
         return Check(name=f"MedMNIST {self.name} ({side} pixels)", root=str(folder), splits=counts, notes=tuple(notes))
@@ -175,15 +181,17 @@ class MedMNIST(ArrayData):
         return TREE.format(name=self.name, side=side)
 
     def unpack(self, side: int) -> Path:
-        """Write the arrays of a file as .npy beside it, so that they need not fit in memory; return the folder."""
+        """Write the arrays of a file as .npy beside it, so that they need not fit in memory; return the folder.
+
+        Raises:
+            WriteError: the disk is full, or the folder cannot be written.
+        """
         folder = self._unpacked(side)
-        folder.mkdir(exist_ok=True)
         for split in SPLITS:
             for key in (f"{split}_labels", f"{split}_images"):
                 array = self._array(key, side)
-                partial = folder / f"{key}.part.npy"
-                np.save(partial, array)
-                partial.replace(folder / f"{key}.npy")
+                with whole(folder / f"{key}.npy") as part, part.open("wb") as file:
+                    np.save(file, array)
         return folder
 
 

@@ -10,11 +10,12 @@ from pathlib import Path
 import torch
 
 from rescompress.errors import InputError, one_line
+from rescompress.lightning._files import whole, write_whole
 from rescompress.lightning.data._base import one_of
 from rescompress.lightning.data._images import UNREADABLE, decode
 from rescompress.lightning.data.check import wrong_layout
 from rescompress.lightning.data.folders import ImageFolders
-from rescompress.lightning.data.shards import INFO, SPLITS, TREE
+from rescompress.lightning.data.shards import CLASSES, INFO, SPLITS, TREE
 
 AHEAD = 256
 """Images that are read before they are written, and so in memory together."""
@@ -50,6 +51,7 @@ def write_index(root: Path) -> Path:
 
     Raises:
         InputError: there are none.
+        WriteError: the disk is full, or the folder cannot be written.
     """
     splits = {}
     for split in SPLITS:
@@ -64,9 +66,7 @@ def write_index(root: Path) -> Path:
             "num_samples": sum(lengths),
         }
     file = root / INFO
-    partial = root / f"{INFO}.part"
-    partial.write_text(json.dumps({"splits": splits}, indent=1))
-    partial.replace(file)
+    write_whole(file, json.dumps({"splits": splits}, indent=1))
     return file
 
 
@@ -88,7 +88,8 @@ def write_shards(
         The files that were left out, and why.
 
     Raises:
-        InputError: there are shards already, or a file cannot be read; nothing that this call wrote is then kept.
+        InputError: there are shards already, or a file cannot be read; no shard that this call wrote is then kept.
+        WriteError: the disk is full, or the folder cannot be written; likewise.
     """
     one_of("corrupt", corrupt, ("stop", "skip"))
     if images_per_shard < 1:
@@ -105,13 +106,12 @@ def write_shards(
     try:
         for split in SPLITS:
             _write_split(folders, split, out / split, images_per_shard, seed, corrupt, left_out)
-        (out / "classes.txt").write_text("\n".join(folders.class_names) + "\n")
+        write_whole(out / CLASSES, "\n".join(folders.class_names) + "\n")
         write_index(out)
     except BaseException:  # half of the shards would stand in the way of the next try
         for split in SPLITS:
-            for suffix in ("tar", "part"):
-                for shard in (out / split).glob(f"imagenet-{split}-*.{suffix}"):
-                    shard.unlink()
+            for shard in (out / split).glob(f"imagenet-{split}-*.tar"):
+                shard.unlink()
         raise
     return left_out
 
@@ -142,15 +142,15 @@ def _write_split(
                     "leaves such files out and counts them"
                 )
 
-    out.mkdir(parents=True, exist_ok=True)
     given = samples()
     for shard, sample in enumerate(given):
-        target = out / f"imagenet-{split}-{shard:06d}.tar"
-        partial = target.with_suffix(".part")
-        with partial.open("wb") as stream, webdataset.TarWriter(stream) as writer:
+        with (
+            whole(out / f"imagenet-{split}-{shard:06d}.tar") as part,
+            part.open("wb") as stream,
+            webdataset.TarWriter(stream) as writer,
+        ):
             for one in chain([sample], islice(given, images_per_shard - 1)):
                 writer.write(one)
-        partial.replace(target)
 
 
 def _read(folders: ImageFolders, split: str, seed: int) -> Iterator[tuple[str, int, bytes | str]]:

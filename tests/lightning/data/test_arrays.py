@@ -216,7 +216,7 @@ def test_a_corrupt_image_of_elpv_stops_the_run_or_is_left_out(tmp_path: Path) ->
     root = layouts.elpv(tmp_path)
     (root / "images" / "cell0003.png").write_bytes(b"no image")
 
-    with pytest.raises(InputError, match=r"images/cell0003.png cannot be read"):
+    with pytest.raises(InputError, match=r"images/cell0003.png cannot be read: no image that Pillow can read;"):
         next(ELPV(str(root)).batches())
     data = ELPV(str(root), corrupt="skip")
     with pytest.warns(RescompressWarning, match=r"1 file\(s\) of ELPV"):

@@ -47,10 +47,14 @@ def test_classes_and_files_are_counted(tmp_path: Path) -> None:
 @pytest.mark.parametrize("where", ["workers", "device"])
 def test_a_corrupt_file_stops_the_run_with_its_name(where: str, tmp_path: Path) -> None:
     root = layouts.image_folders(tmp_path / "data")
-    cut_short(root / BROKEN)
-
-    with pytest.raises(InputError, match=rf"^{BROKEN} cannot be read: .*set corrupt: skip"):
-        list(made(root, decode_on=where).batches())
+    for content, reason in (
+        (b"no image", "no image that Pillow can read"),
+        ((root / BROKEN).read_bytes()[:-200], "the file is cut short"),
+        (b"", "the file is empty"),
+    ):
+        (root / BROKEN).write_bytes(content)
+        with pytest.raises(InputError, match=rf"^{BROKEN} cannot be read: {reason}; .*set corrupt: skip"):
+            list(made(root, decode_on=where).batches())
 
 
 def test_a_corrupt_file_stops_the_run_from_a_worker_as_well(tmp_path: Path) -> None:

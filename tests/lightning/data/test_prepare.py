@@ -2,11 +2,13 @@
 
 import json
 import re
+import resource
 import runpy
 import shlex
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 pytest.importorskip("lightning")
@@ -30,12 +32,63 @@ def test_folders_are_counted_and_corrupt_files_listed(
     root = layouts.image_folders(tmp_path / "data")
     (root / "train/n00000001/n00000001_3.JPEG").write_bytes(b"no image")
 
-    run(monkeypatch, "prepare_imagenet", root, "--counts", "--decode", "--workers", 0)
+    with pytest.raises(SystemExit) as stop:
+        run(monkeypatch, "prepare_imagenet", root, "--counts", "--decode", "--workers", 0)
 
     found = capsys.readouterr().out
     assert "train          24 images      3 classes, 8 images in each" in found
     assert "n00000002         8         4" in found
-    assert "1 file(s) cannot be read:\n  train/n00000001/n00000001_3.JPEG: " in found
+    broken = "train/n00000001/n00000001_3.JPEG: no image that Pillow can read"
+    assert f"1 file(s) cannot be read:\n  {broken}\n" in found
+    # Python prints a text that it is ended with to stderr, and exits with 1.
+    assert str(stop.value) == (
+        f"error: 1 file(s) cannot be read, such as {broken}; mend or remove them, or leave them out of a run by "
+        "corrupt: skip"
+    )
+
+
+@pytest.mark.filterwarnings("error::rescompress.errors.RescompressWarning")
+def test_a_corrupt_image_of_elpv_ends_with_one_message(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = layouts.elpv(tmp_path / "elpv")
+    (root / "images/cell0003.png").write_bytes(b"")
+
+    with pytest.raises(
+        SystemExit, match=r"^error: 1 file\(s\) cannot be read, such as images/cell0003\.png: the file is"
+    ):
+        run(monkeypatch, "prepare_small", "elpv", "--root", root, "--decode")
+
+    assert capsys.readouterr().out.endswith("1 file(s) cannot be read:\n  images/cell0003.png: the file is empty\n")
+
+
+def test_shards_with_fewer_samples_than_their_index_says_are_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = layouts.shards(tmp_path / "data")
+    index = json.loads((root / "_info.json").read_text())
+    index["splits"]["val"]["shard_lengths"][0] += 2
+    (root / "_info.json").write_text(json.dumps(index))
+
+    with pytest.raises(SystemExit, match=r"imagenet-val-000000\.tar: fewer samples than the 7 that were expected; if"):
+        run(monkeypatch, "prepare_imagenet", root, "--classes", 3, "--decode", "--workers", 0)
+
+
+def test_a_full_disk_ends_the_writing_of_shards_and_leaves_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, out = layouts.image_folders(tmp_path / "data"), tmp_path / "shards"
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    try:
+        with pytest.raises(
+            SystemExit, match=r"^error: cannot write .*-train-000000\.tar: File too large; free some space"
+        ):
+            run(monkeypatch, "prepare_imagenet", root, "--write-shards", out)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    assert not [path for path in out.rglob("*") if path.is_file()]
 
 
 def test_shards_are_written_of_folders(
@@ -75,7 +128,7 @@ def test_a_corrupt_image_ends_the_writing_of_shards_and_leaves_none(
     root, out = layouts.image_folders(tmp_path / "data"), tmp_path / "shards"
     (root / BROKEN).write_bytes((root / BROKEN).read_bytes()[:-200])
 
-    with pytest.raises(SystemExit, match=rf"^error: {BROKEN} cannot be read: .*truncated.*--corrupt skip"):
+    with pytest.raises(SystemExit, match=rf"^error: {BROKEN} cannot be read: the file is cut short; .*--corrupt skip"):
         run(monkeypatch, "prepare_imagenet", root, "--write-shards", out, "--images-per-shard", 5)
 
     assert not [path for path in out.rglob("*") if path.is_file()]
@@ -153,6 +206,39 @@ def test_a_wrong_layout_ends_with_the_expected_tree(tmp_path: Path, monkeypatch:
         run(monkeypatch, "prepare_imagenet", tmp_path)
 
 
+def test_a_wrong_layout_of_cityscapes_and_missing_labels_end_with_the_expected_tree(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("mmseg")
+    root = layouts.cityscapes(tmp_path / "data")
+    next(root.glob("gtFine/train/bochum/*")).unlink()
+
+    with pytest.raises(SystemExit, match=r"(?s)^error: 1 of 4 images of train have no label file.*\n\nROOT/\n    left"):
+        run(monkeypatch, "prepare_cityscapes", root, "--full-size", 32, 64)
+    with pytest.raises(
+        SystemExit, match=r"(?s)^error: .*/train holds no images of cities\. Expected:\n\nROOT/\n    left"
+    ):
+        run(monkeypatch, "prepare_cityscapes", root / "leftImg8bit", "--full-size", 32, 64)
+
+
+def test_corrupt_files_of_cityscapes_end_with_a_message(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("mmseg")
+    root = layouts.cityscapes(tmp_path / "data")
+    labels = next(root.glob("gtFine/train/bochum/*"))
+    labels.write_bytes(b"no image")
+    (image,) = root.glob("leftImg8bit/val/lindau/*")
+    image.write_bytes(image.read_bytes()[:1000])
+
+    with pytest.raises(SystemExit, match=r"^error: 2 file\(s\) cannot be read, such as bochum_"):
+        run(monkeypatch, "prepare_cityscapes", root, "--full-size", 32, 64, "--decode", "--workers", 0)
+
+    found = capsys.readouterr().out
+    assert f"_leftImg8bit.png: its labels, {labels.name}: no image that Pillow can read\n" in found
+    assert f"{image.name}: the file is cut short\n" in found
+
+
 def test_cityscapes_is_counted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -212,6 +298,39 @@ def test_a_missing_file_of_medmnist_is_told_how_to_get_and_unpack_it(
     layouts.medmnist(root, name="bloodmnist", classes=8, sizes=(224,))
     run(monkeypatch, unpack[1], root, *unpack[2].split())
     assert (root / "bloodmnist_224" / "train_images.npy").is_file()
+
+
+def test_medmnist_with_fewer_labels_than_images_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("medmnist")
+    file = layouts.medmnist(tmp_path) / "pathmnist.npz"
+    arrays = dict(np.load(file))
+    np.savez(file, **{**arrays, "val_labels": arrays["val_labels"][:-1]})
+
+    with pytest.raises(SystemExit, match=r"^error: .*pathmnist\.npz holds 9 images and 8 labels of val; download it"):
+        run(monkeypatch, "prepare_medical", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "cause"),
+    [("fashion_mnist", r"neither .*train-images.* exists"), ("elpv", r".*labels\.csv does not exist")],
+)
+def test_a_wrong_layout_of_the_small_sets_ends_with_the_expected_tree(
+    name: str, cause: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(SystemExit, match=rf"(?s)^error: {cause}\. Expected:\n\nROOT/ "):
+        run(monkeypatch, "prepare_small", name, "--root", tmp_path)
+
+
+def test_labels_of_elpv_that_are_no_chances_end_with_the_expected_tree(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = layouts.elpv(tmp_path / "elpv")
+    labels = (root / "labels.csv").read_text()
+
+    for wrong in ("", labels.replace(" 1.0", " 2.0"), labels.replace(" 1.0", " inf"), labels.replace(" 1.0", "")):
+        (root / "labels.csv").write_text(wrong)
+        with pytest.raises(SystemExit, match=r"(?s)^error: .*labels\.csv .*\. Expected:\n\nROOT/ "):
+            run(monkeypatch, "prepare_small", "elpv", "--root", root)
 
 
 def test_the_small_sets_are_counted(
