@@ -25,6 +25,7 @@ from rescompress.lightning._costs import (
 )
 from rescompress.lightning._meters import Clock, Listening, Memory, Passes
 from rescompress.lightning.batches import samples_in, shape_of
+from rescompress.lightning.data._base import ImageData
 from rescompress.measure.report import format_bytes
 
 _LOW_PRECISION = {"16-mixed": torch.float16, "bf16-mixed": torch.bfloat16}
@@ -76,11 +77,12 @@ class CostMonitor(Callback):
         if trainer.world_size > 1 and (stage == "fit" or self._shell is None):
             # Before the strategy wraps the model or cuts it into shards.
             self._shell = shapes_of(self._module(pl_module))
+        self._sides = _sides(getattr(trainer, "datamodule", None)) or ("" if stage == "fit" else self._sides)
         device = trainer.strategy.root_device
         self._memory = Memory(device)
         self._training, self._inference = Passes(Clock(device)), Passes(Clock(device))
         if stage == "fit":
-            self._known, self._sides, self._monitor_s = {}, "", 0.0
+            self._known, self._monitor_s = {}, 0.0
             _unlisten(trainer)
             listened: Any = trainer  # Lightning gives it its profiler without declaring that
             listened.profiler = Listening(listened.profiler, self._training.wait, self._training.fetched)
@@ -202,7 +204,7 @@ class CostMonitor(Callback):
         sides = shape.partition("x")[2]
         self._sides = self._sides or sides
         if sides != self._sides:
-            return  # of several test loaders with images of several sizes, those of the first size are measured
+            return  # of several test loaders with images of several sizes, those of test_size or the first are measured
         if not self._inference.samples:
             with self._own_time():
                 if self._known.get("inference_shape") != shape:
@@ -263,6 +265,11 @@ class CostMonitor(Callback):
         began = time.perf_counter()
         yield
         self._monitor_s += time.perf_counter() - began
+
+
+def _sides(data: Any) -> str:
+    """Return channels and sides of the test images of our DataModules, as `shape_of` writes them; "" of others."""
+    return "x".join(map(str, (data.channels, *data.test_size))) if isinstance(data, ImageData) else ""
 
 
 def _unlisten(trainer: Any) -> None:

@@ -9,10 +9,12 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, Logger
 
 from rescompress.errors import RescompressWarning
+from rescompress.lightning import Classifier
 from rescompress.lightning._costs import COLUMNS, predict, read_rows, shapes_of
 from rescompress.lightning.cost import CostMonitor
 from rescompress.measure import count_macs, count_training_macs, live_activation_bytes, parameter_count
 from rescompress.measure._peak import resident_bytes
+from tests.lightning.tiny import TINY, Tiny
 
 # Lightning's advice on tiny data: no workers, few batches, no validation.
 pytestmark = [
@@ -313,6 +315,14 @@ def test_of_several_test_loaders_the_size_of_the_validation_is_measured(tmp_path
     found = monitor.summary()
     assert found["inference_shape"] == "4x3x8x8"
     assert found["inference_step_ms"] == pytest.approx(8000)
+
+
+def test_of_several_sizes_of_our_data_that_of_the_score_is_measured_by_a_test_alone(tmp_path):
+    monitor, data = CostMonitor(), Tiny()
+    data.test_sizes = [64, 32, 48]
+    module = Classifier(TINY, num_classes=4, input_size=32)
+    trainer(tmp_path, monitor).test(module, data, verbose=False)
+    assert monitor.summary()["inference_shape"] == "4x3x32x32"
 
 
 def test_the_summary_is_of_the_whole_run(tmp_path):
