@@ -19,6 +19,7 @@ from lightning.pytorch.callbacks import Timer
 import rescompress
 from rescompress.errors import InputError
 from rescompress.lightning._costs import whole_run
+from rescompress.lightning._files import write_whole
 from rescompress.lightning._trained import Trained
 from rescompress.lightning.cost import CostMonitor
 from rescompress.lightning.resolution import ResolutionSchedule
@@ -93,10 +94,7 @@ class Result:
     def write(self, folder: str | Path) -> Path:
         """Write results.json into a folder, whole or not at all, and return its path."""
         path = Path(folder) / FILE
-        part = path.with_name(f".{FILE}.part")
-        part.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(json.dumps(_plain(asdict(self)), indent=2) + "\n", encoding="utf-8")
-        os.replace(part, path)
+        write_whole(path, json.dumps(_plain(asdict(self)), indent=2) + "\n")
         return path
 
     def tested_again(self, later: Self, same_machine: bool) -> Self:

@@ -15,6 +15,7 @@ pytest.importorskip("lightning")
 from rescompress.errors import InputError
 from rescompress.lightning import RecipeCLI
 from rescompress.lightning.results import FILE, Result
+from scripts import results_rows
 from scripts import results_table as script
 from tests.lightning.tiny_runs import CONFIG, at_home, cli
 from tests.lightning.tiny_runs import write as write_config
@@ -53,7 +54,7 @@ README = f"# Recipes\n\nby hand\n\n{script.BEGIN}\n\nold\n\n{script.END}\n\nthe 
 @pytest.fixture
 def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "README.md").write_text(README)
-    monkeypatch.setattr(script, "CONFIGS", tmp_path / "configs")
+    monkeypatch.setattr(results_rows, "CONFIGS", tmp_path / "configs")
     return tmp_path / "runs"
 
 
