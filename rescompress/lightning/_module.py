@@ -9,12 +9,13 @@ from typing import Any, Self
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from rescompress.compress import compress_
-from rescompress.errors import InputError, NoWeightsError, SpecError
+from rescompress.errors import InputError, NoWeightsError, RescompressWarning, SpecError
 from rescompress.inputs import default_input
 from rescompress.lightning.checkpoints import record_in, refuse_other_spec
 from rescompress.recover.loop import NORMS, TUNED, classifier_of
@@ -31,6 +32,9 @@ _OBJECTS = ("loss", "optimizer", "schedule")
 
 _filled_later: ContextVar[bool] = ContextVar("_filled_later", default=False)
 """Whether a checkpoint follows, so that the weights to begin with need not be there."""
+
+_dry: ContextVar[bool] = ContextVar("_dry", default=False)
+"""Whether modules are made for a dry run, which does without pretrained weights that cannot be had."""
 
 
 class CompressedModule(LightningModule):
@@ -94,6 +98,7 @@ class CompressedModule(LightningModule):
         )
         self.num_classes, self.channels, self.seed = num_classes, channels, seed
         self._initial = (pretrained, initial_weights)
+        self._is_dry = _dry.get()
         self.model = self._built(with_weights=not _filled_later.get())
         self.example = self._example(self.model)
         if self.spec is not None:
@@ -127,10 +132,16 @@ class CompressedModule(LightningModule):
             try:
                 model = build_model(self._reference, replace(self._wanted, pretrained=pretrained))
             except NoWeightsError as error:
-                raise NoWeightsError(
-                    f"{error}; begin with a file of weights by initial_weights: FILE, or with random ones by "
-                    "pretrained: false"
-                ) from error
+                if not self._is_dry:
+                    raise NoWeightsError(
+                        f"{error}; begin with a file of weights by initial_weights: FILE, or with random ones by "
+                        "pretrained: false"
+                    ) from error
+                rank_zero_warn(
+                    f"{error}: this dry run begins with random ones, a real one will need them",
+                    category=RescompressWarning,
+                )
+                model = build_model(self._reference, self._wanted)
         if initial is not None:
             if not Path(initial).exists():
                 raise InputError(f"there is no weights file {initial}; if it is of another run, do that one first")
@@ -199,6 +210,20 @@ class CompressedModule(LightningModule):
                 f"the checkpoint holds weights of another model than this {self._reference}: {found}; give the options "
                 "of model that its run was begun with"
             ) from error
+
+
+@contextmanager
+def for_a_dry_run(dry: bool) -> Iterator[None]:
+    """Let modules that are made inside the block do without pretrained weights that cannot be had, if it is a dry run.
+
+    Args:
+        dry: whether it is.
+    """
+    token = _dry.set(dry)
+    try:
+        yield
+    finally:
+        _dry.reset(token)
 
 
 def as_spec(given: Any) -> Spec | None:

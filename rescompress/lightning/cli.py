@@ -33,6 +33,7 @@ from rescompress.lightning._configs import (
     without,
 )
 from rescompress.lightning._folder import RunFolder, begun_from, is_finished
+from rescompress.lightning._module import for_a_dry_run
 from rescompress.lightning._run import Run, note_begun_from
 from rescompress.lightning._trained import Trained
 from rescompress.lightning.checkpoints import AtomicCheckpoints, LastCheckpoint, is_dry, refuse_other_spec
@@ -147,8 +148,10 @@ class RecipeCLI(LightningCLI):
 
     def instantiate_classes(self) -> None:
         """Make the objects; what one of ours refuses is raised as it was, not within jsonargparse's own error."""
+        dry = bool(self._own_config["trainer"].get("fast_dev_run"))
         try:
-            super().instantiate_classes()
+            with for_a_dry_run(dry):
+                super().instantiate_classes()
         except (TypeError, ValueError) as error:
             cause: BaseException | None = error
             while cause is not None and not isinstance(cause, RescompressError):

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import rescompress as rc
-from rescompress.errors import InputError, RescompressWarning
+from rescompress.errors import InputError, NoWeightsError, RescompressWarning
 
 pytest.importorskip("lightning")
 
@@ -163,6 +163,19 @@ def test_a_dry_run_does_without_what_other_runs_leave() -> None:
         assert any(f"there is no file {path}: this dry run does without it" in str(one.message) for one in told)
     with pytest.raises(InputError, match=r"there is no weights file runs/a/seed5/last.ckpt.*do that one first"):
         cli("fit", "--config", "distilled.yaml")
+
+
+def test_a_dry_run_does_without_pretrained_weights_that_cannot_be_had() -> None:
+    """With the teacher that the original is, too; timm knows of no weights of this network."""
+    distill = {"class_path": "rescompress.lightning.Distill"}
+    trainer = {**CONFIG["trainer"], "callbacks": [distill]}
+    model = {**CONFIG["model"], "model": "timm:mobilenetv4_conv_small_035", "pretrained": True}
+    config = ("fit", "--config", write("tuned.yaml", {**CONFIG, "model": model, "trainer": trainer}))
+
+    with pytest.warns(RescompressWarning, match="no pretrained weights for timm:mobile.*: this dry run begins"):
+        cli(*config, "--trainer.fast_dev_run", "1")
+    with pytest.raises(NoWeightsError, match="initial_weights: FILE"):
+        cli(*config)
 
 
 def test_weights_of_a_run_that_has_not_finished_are_told_of() -> None:
