@@ -87,6 +87,10 @@ class RunFolder:
             return "there is no checkpoint yet, so the same command begins anew"
         return f"the same command goes on from step {found['global_step']} of {self.last}"
 
+    def puts_away(self, checkpoint: Any) -> bool:
+        """Whether `put_away` would move or remove a checkpoint."""
+        return self.owns(checkpoint) or Path(checkpoint).resolve().parent == (self.path / EARLIER).resolve()
+
     @rank_zero_only
     def put_away(self) -> None:
         """Move what the earlier run left into a folder of its own, where it is the same run as it was here."""

@@ -233,7 +233,12 @@ class RecipeCLI(LightningCLI):
             try:
                 self._run().fit(model, ckpt_path, self._earlier, **options)
             except SystemExit as stop:  # Lightning ends a run so; for SIGTERM with the exit code of success
-                by = signal.SIGTERM if isinstance(stop, SIGTERMException) else signal.SIGINT
+                if isinstance(stop, SIGTERMException):
+                    by = signal.SIGTERM
+                elif isinstance(stop.__context__, KeyboardInterrupt):
+                    by = signal.SIGINT
+                else:
+                    raise
                 rank_zero_info(f"ended by {by.name}; {self.run_folder.how_to_go_on()}")
                 raise SystemExit(128 + by) from stop
 
@@ -251,8 +256,8 @@ class RecipeCLI(LightningCLI):
         return Run(self.recipe, self.config_name, self.run_folder, self.trainer, self.datamodule, options)
 
     def _begin_anew(self, ckpt_path: Any) -> None:
-        if ckpt_path is not None and self.run_folder.owns(ckpt_path):
-            raise InputError(f"--fresh begins without {ckpt_path}; leave out one of --fresh and --ckpt_path")
+        if ckpt_path is not None and self.run_folder.puts_away(ckpt_path):
+            raise InputError(f"--fresh puts {ckpt_path} away; leave it out, or give another --folder")
         self.run_folder.put_away()
 
     def _resume(self, model: Trained, ckpt_path: Any) -> Any:

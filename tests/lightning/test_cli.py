@@ -184,7 +184,7 @@ def test_weights_of_a_run_that_has_not_finished_are_told_of() -> None:
     model = {**CONFIG["model"], "initial_weights": "a/last.ckpt"}
     second = ("fit", "--config", write("child.yaml", {**CONFIG, "model": model}), "--trainer.max_epochs", "0")
 
-    cli(*first, "--trainer.limit_train_batches", "1")
+    cli(*first, "--trainer.limit_train_batches", "0.5")
     with pytest.warns(RescompressWarning, match="the run that a/last.ckpt is of has not finished"):
         cli(*second, "--folder", "b")
     cli(*first, "--fresh")

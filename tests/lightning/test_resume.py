@@ -129,7 +129,14 @@ def test_a_killed_process_run_again_by_the_same_command_ends_at_the_same_weights
     command = ["fit", "--config", str(tmp_path / "broken.yaml"), "--folder", str(tmp_path / "broken")]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     killed = subprocess.run(
-        [sys.executable, str(SCRIPT), *command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=250
+        [sys.executable, str(SCRIPT), *command],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=250,
+        # Whoever runs the tests in the background may have had Ctrl-C ignored, which processes inherit.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert killed.returncode == code, killed.stderr
     assert torch.load(tmp_path / "broken" / "last.ckpt", weights_only=True)["global_step"] == 12

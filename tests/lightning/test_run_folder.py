@@ -144,8 +144,9 @@ def test_a_run_that_is_begun_from_another_ones_checkpoint_goes_on_with_its_own()
     cli(*config, "3", "--folder", "a")
     with pytest.raises(InputError, match=r"in a has a checkpoint of its own and was not begun from b/last.ckpt; leave"):
         cli(*config, "4", "--folder", "a", "--ckpt_path", "b/last.ckpt")
-    with pytest.raises(InputError, match=r"--fresh begins without b/last.ckpt"):
-        cli(*begin[:-1], "b/last.ckpt", "--fresh")
+    for own in ("b/last.ckpt", "b/earlier/last.ckpt"):
+        with pytest.raises(InputError, match=f"--fresh puts {own} away; leave it out, or give another --folder"):
+            cli(*begin[:-1], own, "--fresh")
 
 
 def test_a_second_process_does_not_train_in_the_same_folder() -> None:
