@@ -2,12 +2,13 @@
 
 import datetime
 import json
-import os
 import platform
 import re
 from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
+
+from rescompress.files import write_whole
 
 METHODS = ("stem_resize", "input_resize", "patch_resize", "token_pool", "token_merge", "quantize")
 
@@ -57,8 +58,8 @@ def write_matrix(rows: list[Row], versions: dict[str, str | None], root: Path) -
     text += "\n## Reasons\n\n" + reasons.listed()
     matrix = root / "docs" / "reference" / "support-matrix.md"
     data = root / "rescompress" / "cli" / "support.json"
-    _write(matrix, text)
-    _write(data, json.dumps(support(by_model), indent=1) + "\n")
+    write_whole(matrix, text)
+    write_whole(data, json.dumps(support(by_model), indent=1) + "\n")
     return [matrix, data]
 
 
@@ -147,10 +148,3 @@ def kind_of_reason(row: Row) -> str:
     reason = re.sub(r"'[^']*'", "'...'", reason)
     reason = re.sub(r"(?<![\w.=])\d+(\.\d+)?(?![\w])", "N", reason)
     return re.sub(r"\b(\w+)=\(?[\d., ]+\)?", r"\1", reason)
-
-
-def _write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(text)
-    os.replace(part, path)

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT)]
 
 from rescompress.errors import InputError, WriteError  # noqa: E402
-from rescompress.lightning._files import whole, write_whole  # noqa: E402
+from rescompress.files import whole, write_whole  # noqa: E402
 from rescompress.lightning.results import FILE, Result  # noqa: E402
 from rescompress.measure.report import format_bytes  # noqa: E402
 from scripts.results_rows import as_it_is, groups, leave_out  # noqa: E402

@@ -12,8 +12,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from rescompress.errors import RescompressWarning, one_line
+from rescompress.files import write_whole
 from rescompress.inputs import with_batch
-from rescompress.lightning._files import write_whole
 from rescompress.lightning.batches import samples_in, shape_of
 from rescompress.measure import count_macs, count_training_macs, live_activation_bytes, parameter_count
 from rescompress.measure.sandbox import copied, device_of, on_device

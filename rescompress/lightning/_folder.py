@@ -12,8 +12,8 @@ from filelock import FileLock, Timeout
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
 
 from rescompress.errors import InputError, RescompressWarning, one_line
+from rescompress.files import write_whole
 from rescompress.lightning._configs import SAVED, saved
-from rescompress.lightning._files import write_whole
 from rescompress.lightning.checkpoints import LastCheckpoint, read_checkpoint
 from rescompress.lightning.results import FILE, Result
 

@@ -328,7 +328,7 @@ class RecipeCLI(LightningCLI):
 def main(
     model_class: type[Trained], datamodule_class: type[LightningDataModule] | None = None, **options: Any
 ) -> RecipeCLI:
-    """Run a recipe's command line; what is refused becomes one line: exit code 1, or 2 for options and configs."""
+    """Run a recipe's command line; what is refused becomes one line: exit code 1, or 2 for options."""
     # Else jsonargparse would print some seventy lines of options first.
     raising: dict[str, Any] = {"exit_on_error": False}
     options.setdefault("parser_kwargs", raising | dict.fromkeys(RecipeCLI.subcommands(), raising))

@@ -18,8 +18,8 @@ from lightning.pytorch.callbacks import Timer
 
 import rescompress
 from rescompress.errors import InputError
+from rescompress.files import write_whole
 from rescompress.lightning._costs import whole_run
-from rescompress.lightning._files import write_whole
 from rescompress.lightning._trained import Trained
 from rescompress.lightning.cost import CostMonitor
 from rescompress.lightning.resolution import ResolutionSchedule

@@ -269,7 +269,7 @@ def test_a_full_disk_costs_no_training_and_no_row(tmp_path, monkeypatch):
             raise OSError(28, "No space left on device")
         replace(source, target)
 
-    monkeypatch.setattr("rescompress.lightning._files.os.replace", full)
+    monkeypatch.setattr("rescompress.files.os.replace", full)
     said = r"cost\.csv: No space left on device; free some space and the next epoch writes all rows$"
     with pytest.warns(RescompressWarning, match=said):
         trainer(tmp_path, monitor, max_epochs=2).fit(Foreign(), loader())

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from rescompress.errors import InputError, did_you_mean
-from rescompress.lightning._files import whole
+from rescompress.files import whole
 from rescompress.lightning.data._arrays import ArrayData, ArraySource, checked_labels, class_counts
 from rescompress.lightning.data._base import Size
 from rescompress.lightning.data.check import Check, existing_folder, wrong_layout

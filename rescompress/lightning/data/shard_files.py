@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from rescompress.errors import InputError, one_line
-from rescompress.lightning._files import whole, write_whole
+from rescompress.files import whole, write_whole
 from rescompress.lightning.data._base import one_of
 from rescompress.lightning.data._images import UNREADABLE, decode
 from rescompress.lightning.data.check import wrong_layout

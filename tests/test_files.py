@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from rescompress.errors import RescompressError, WriteError
-from rescompress.lightning._files import whole, write_whole
+from rescompress.files import whole, write_whole
 
 BIG = "x" * 5000
 
