@@ -11,8 +11,9 @@ from typing import Any
 import yaml
 
 from rescompress.errors import RescompressError, one_line
-from rescompress.lightning._configs import merged, that_train
+from rescompress.lightning._configs import merged
 from rescompress.lightning._module import as_spec
+from rescompress.lightning._options import that_train
 from rescompress.lightning.results import Result
 
 CONFIGS = Path(__file__).resolve().parents[1] / "recipes" / "configs"

@@ -21,19 +21,16 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from rescompress.errors import InputError, RescompressError, RescompressWarning, one_line
 from rescompress.lightning._configs import (
     SAVED,
-    differences,
-    meant,
-    options_of,
     other_runs,
     run_name,
     saved_name,
-    that_train,
     with_extended,
     with_seed,
     without,
 )
 from rescompress.lightning._folder import RunFolder, begun_from, is_finished
 from rescompress.lightning._module import for_a_dry_run
+from rescompress.lightning._options import differences, meant, options_of, that_train
 from rescompress.lightning._run import Run, note_begun_from
 from rescompress.lightning._trained import Trained
 from rescompress.lightning.checkpoints import AtomicCheckpoints, LastCheckpoint, is_dry, refuse_other_spec
@@ -79,7 +76,8 @@ class RecipeCLI(LightningCLI):
         # Configs name classes of the current folder, as `python -m` has it, and of the package that the script lies in.
         if os.getcwd() not in sys.path:
             sys.path.insert(0, os.getcwd())
-        sys.path.append(str(Path(sys.argv[0]).resolve().parent.parent))
+        if (home := str(Path(sys.argv[0]).resolve().parent.parent)) not in sys.path:
+            sys.path.append(home)
         super().__init__(model_class, datamodule_class, auto_configure_optimizers=False, **options)
 
     @staticmethod
