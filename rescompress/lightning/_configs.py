@@ -12,6 +12,7 @@ import yaml
 from jsonargparse import Namespace
 
 from rescompress.errors import InputError, one_line
+from rescompress.references.wanted import nearest
 
 _namespace: Any = Namespace  # its constructor has no types
 
@@ -52,7 +53,8 @@ def _chain(path: Path, extending: tuple[Path, ...]) -> list[Path]:
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise InputError(f"there is no config {path}{by}") from error
+        hint = nearest(path.name, [one.name for one in path.parent.glob("*.yaml")])
+        raise InputError(f"there is no config {path}{by}{hint}") from error
     except (UnicodeDecodeError, yaml.YAMLError) as error:
         raise InputError(f"cannot read the config {path}{by}: {_fault(error)}; mend it") from error
     except OSError:

@@ -132,6 +132,8 @@ def test_a_config_builds_on_another_one() -> None:
     with pytest.raises(InputError, match=r"loop\.yaml extends itself"):
         with_extended(["--config", "loop.yaml"])
     write("lost.yaml", {"extends": "none.yaml"})
+    with pytest.raises(InputError, match=r"there is no config lots\.yaml; did you mean 'lost\.yaml'\?"):
+        with_extended(["--config", "lots.yaml"])
     with pytest.raises(InputError, match=r"there is no config none\.yaml, which .*lost\.yaml extends"):
         with_extended(["--config", "lost.yaml"])
 
